@@ -1,0 +1,33 @@
+"""y_T,slice j += (gate(l)_T,expert(R) ⊙ scale_R ⊙ h_TR)[:, rows of slice j] @ B_RO.
+
+One gate and one product per adapter and slice.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loramux_kernels.cpu.gate import gate
+from loramux_kernels.sites import Site
+
+
+def expand(site: Site, y: Tensor, h: Tensor) -> None:
+    """Add to the rows of y whose tokens have an adapter at this site."""
+    for slot, tokens in site.plan.groups:
+        weights = site.slots[slot]
+        if weights is None:
+            continue
+        rows = h[:, : weights.a.shape[0]]
+        rows = rows[tokens] if isinstance(tokens, slice) else rows.index_select(0, tokens)
+        scaled = rows[:, : weights.scale.shape[0]] * weights.scale
+        for part in weights.live:
+            h_part, b = scaled[:, part.rows], part.b.to(h.dtype)
+            if part.gate is not None:
+                g = gate(part.gate.rule, rows[:, part.gate.logits])
+                h_part = h_part * g.index_select(1, part.gate.expert)
+            if y.dtype != h.dtype:
+                y[tokens, part.cols] = (y[tokens, part.cols].to(h.dtype) + h_part @ b).to(y.dtype)
+            elif isinstance(tokens, slice):
+                y[tokens, part.cols].addmm_(h_part, b)
+            else:
+                y[:, part.cols].index_add_(0, tokens, h_part @ b)

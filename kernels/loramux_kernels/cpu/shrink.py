@@ -1,0 +1,23 @@
+"""h_TR = x_TI @ A_RIᵀ, one product per adapter of the step. Router rows are more rows of A."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loramux_kernels.sites import Site
+
+
+def shrink(site: Site, x: Tensor, h: Tensor) -> None:
+    """Write the rows of h whose tokens have an adapter at this site."""
+    for slot, tokens in site.plan.groups:
+        weights = site.slots[slot]
+        if weights is None:
+            continue
+        # A low-precision product would round h; converting costs little beside reading the weights.
+        a = weights.a.to(h.dtype)
+        if isinstance(tokens, slice):
+            torch.mm(x[tokens].to(h.dtype), a.t(), out=h[tokens, : a.shape[0]])
+        else:
+            rows = x.index_select(0, tokens).to(h.dtype)
+            h[:, : a.shape[0]].index_copy_(0, tokens, rows @ a.t())

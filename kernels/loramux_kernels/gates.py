@@ -1,0 +1,89 @@
+"""The gate of a mixture of LoRA experts: how much of each expert a token takes, from its router logits l_TE.
+
+    p = softmax_E(|l| / temperature)                     |·| only if `absolute`
+    g = p where selected, else 0;   if `renormalise`: g / (Σ_E g + eps);   if `one`: 1 where selected, else 0
+
+T tokens · E experts. The arithmetic is float32 (float64 for float64 weights) whatever the dtype of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+MAX_EXPERTS = 16
+"""Experts of one module. The kernels hold a token's gate in registers, one axis of this length."""
+
+Select = Literal["all", "top_k", "top_p", "threshold"]
+
+ABSOLUTE, RENORMALISE, ONE = 1, 2, 4
+"""Bits of the flags in `packed`."""
+GATE_FIELDS = 6
+"""Length of `packed`."""
+
+
+@dataclass(frozen=True)
+class TokenGate:
+    """Selection and weighting of `experts` experts, per token.
+
+    all · top_k: the `k` most probable (all if k > experts) · top_p: the most probable first, up to and including the
+    one whose sum reaches `p` · threshold: those with probability of at least `threshold`. Between equal
+    probabilities the lower index comes first. A token that selects none gets nothing from the adapter.
+
+    Raises ValueError naming the field.
+    """
+
+    experts: int
+    select: Select = "all"
+    k: int = 0
+    p: float = 1.0
+    threshold: float = 0.0
+    renormalise: bool = True
+    eps: float = 0.0
+    temperature: float = 1.0
+    absolute: bool = False
+    one: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.experts <= MAX_EXPERTS:
+            raise ValueError(f"experts: {self.experts}, must be 1 to {MAX_EXPERTS}")
+        if self.select not in get_args(Select):
+            raise ValueError(f'select: "{self.select}", there are {", ".join(get_args(Select))}')
+        if self.k < (self.select == "top_k"):
+            raise ValueError(f"k: {self.k}, must be positive for top_k")
+        if not 0 < _float32("p", self.p) <= 1:
+            raise ValueError(f"p: {self.p}, must be above 0 and at most 1")
+        if _float32("eps", self.eps) < 0:
+            raise ValueError(f"eps: {self.eps}, must not be negative")
+        if _float32("temperature", self.temperature) <= 0:
+            raise ValueError(f"temperature: {self.temperature}, must be positive")
+        _float32("threshold", self.threshold)
+
+    def packed(self) -> tuple[int, ...]:
+        """k, flags, and the bits of p, threshold, eps and temperature as float32, for the device.
+
+        A kernel selects what passes all three selections; those that this gate does not use let everything pass.
+        """
+        k = self.k if self.select == "top_k" else MAX_EXPERTS
+        p = self.p if self.select == "top_p" else math.inf
+        threshold = self.threshold if self.select == "threshold" else -math.inf
+        flags = ABSOLUTE * self.absolute | RENORMALISE * self.renormalise | ONE * self.one
+        return k, flags, *(_bits(value) for value in (p, threshold, self.eps, self.temperature))
+
+
+def _float32(name: str, value: float) -> float:
+    """`value` as the float32 that the kernels will use."""
+    try:
+        (rounded,) = struct.unpack("<f", struct.pack("<f", value))
+    except OverflowError:
+        rounded = math.inf
+    if not math.isfinite(rounded):
+        raise ValueError(f"{name}: {value} is not a finite float32")
+    return float(rounded)
+
+
+def _bits(value: float) -> int:
+    (bits,) = struct.unpack("<i", struct.pack("<f", value))
+    return int(bits)

@@ -1,0 +1,1 @@
+"""The operations as PyTorch sees them: signature, checks, registration, shape inference. No arithmetic."""

@@ -1,0 +1,36 @@
+"""y_T,slice j += (gate(l)_T,expert(R) ⊙ scale_R ⊙ h_TR)[:, rows of slice j] @ B_RO, per token with its adapter's B.
+
+T tokens · R rank rows · O outputs of slice j. The gate, where there is one, weights each expert's rank rows by the
+slice's logits l_TE, the columns of h behind the rank rows (`gates.py`); elsewhere it is one. The sum is added to y in
+float32 (float64 for float64 weights) and rounded once. Rows of base tokens are not touched, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loramux_kernels.ops.library import register
+from loramux_kernels.sites import lookup
+
+
+def _run(y: Tensor, h: Tensor, site: Tensor) -> None:
+    bound = lookup(site)
+    if bound.plan.active:
+        if y.dim() != 2 or y.shape[1] != sum(bound.spec.d_outs) or y.stride(1) != 1 or y.dtype != bound.dtype:
+            raise ValueError(f"site {bound.spec.name}: y is {tuple(y.shape)} {y.dtype}")
+        if h.shape[1] != bound.rows or h.shape[0] < y.shape[0]:
+            raise ValueError(f"site {bound.spec.name}: h is {tuple(h.shape)} for {y.shape[0]} tokens")
+        bound.backend.expand(bound, y, h)
+
+
+def _fake(y: Tensor, h: Tensor, site: Tensor) -> None:
+    return None
+
+
+register("expand(Tensor(a!) y, Tensor h, Tensor site) -> ()", _run, _fake)
+
+
+def expand(y: Tensor, h: Tensor, site: Tensor) -> None:
+    """Add the adapters' part to y [..., O] in place, from the h of `shrink` for the same site and step."""
+    torch.ops.loramux.expand(y if y.dim() == 2 else y.view(-1, y.shape[-1]), h, site)

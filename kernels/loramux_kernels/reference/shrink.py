@@ -1,0 +1,16 @@
+"""h_t = A x_t with the A of token t's adapter: its rank rows, then its router rows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loramux_kernels.sites import Site
+
+
+def shrink(site: Site, x: Tensor, h: Tensor) -> None:
+    """Write the rows of h whose tokens have an adapter at this site."""
+    for t, slot in enumerate(site.plan.token_slots.tolist()):
+        weights = site.slots[slot] if slot >= 0 else None
+        if weights is not None:
+            a = weights.a.to(h.dtype)
+            h[t, : a.shape[0]] = a @ x[t].to(h.dtype)

@@ -1,0 +1,253 @@
+"""What tests and benchmarks share: ragged batches as traffic makes them, adapters, and how wrong a result may be.
+
+An error bound is elementwise and follows from the arithmetic. For y' = y + Σ_r B_ro s_r h_r with h_r = Σ_i A_ri x_i
+
+    |y' − exact| ≤ u_y |exact| + u_h Σ_r |B_ro s_r h_r| + u_sum Σ_r |B_ro s_r| Σ_i |A_ri x_i|
+
+u_y: the one rounding of y; u_h: the rounding of s ⊙ h to the weights' dtype before the second product, which tensor
+cores need; u_sum: the order and precision of the sums. In a mixture s_r is s_r g_e, and an error δ = u_sum Σ_i |W_ei
+x_i| / temperature of the logits makes one of at most 4 δ g_e of the gate (softmax 2 δ, its renormalisation again).
+That holds while the same experts are selected: tests keep to inputs whose `margin` is far above δ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from loramux_kernels.gates import TokenGate
+from loramux_kernels.pool import AdapterPool
+from loramux_kernels.sites import SiteSpec
+
+Ints = npt.NDArray[np.int32]
+
+
+class Tolerance(NamedTuple):
+    """Relative errors of the three terms of the bound."""
+
+    y: float
+    h: float
+    sum: float
+
+
+TOLERANCE = {
+    torch.float64: Tolerance(2**-53, 2**-53, 2**-50),
+    torch.float32: Tolerance(2**-24, 2**-24, 2**-21),
+    torch.float16: Tolerance(2**-11, 2**-11, 2**-20),
+    torch.bfloat16: Tolerance(2**-8, 2**-8, 2**-20),
+}
+"""y and h: half a unit in the last place of the dtype. Sums of float32 and narrower products are float32."""
+
+MARGIN = 1e-4
+"""Far above the error of float32 logits and probabilities, which is about 1e-6 for logits of order one."""
+GATE_ROUNDING = 4
+"""Relative error of exp, quotients and sums in a gate, in units of the sums' own."""
+
+
+class Weights(NamedTuple):
+    """One module of an adapter: `a_RI`, `b_RO` (B transposed), float32 `scale_R`; of a mixture also its gate,
+    `router_EI` and integer `expert_R`."""
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+    gate: TokenGate | None = None
+    router: Tensor | None = None
+    expert: Tensor | None = None
+
+
+Adapter = Mapping[str, Weights]
+
+
+def random_adapter(
+    specs: Sequence[SiteSpec], ranks: Mapping[str, int], dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Weights]:
+    """Normal weights for the modules in `ranks`, scaled so that A x and B h are of order one for x of order one."""
+    sizes = {m: (s.d_in, d) for s in specs for m, d in zip(s.modules, s.d_outs, strict=True)}
+    device = generator.device
+    adapter = {}
+    for module, rank in ranks.items():
+        d_in, d_out = sizes[module]
+        a = torch.randn(rank, d_in, generator=generator, device=device) * d_in**-0.5
+        b = torch.randn(rank, d_out, generator=generator, device=device) * rank**-0.5
+        scale = torch.rand(rank, generator=generator, device=device) + 0.5
+        adapter[module] = Weights(a.to(dtype), b.to(dtype), scale)
+    return adapter
+
+
+def mixed(adapter: Adapter, gates: Mapping[str, TokenGate], generator: torch.Generator) -> dict[str, Weights]:
+    """The adapter with its modules in `gates` made mixtures: rank rows dealt to experts at random, unequally and in
+    any order, and a router whose logits are of order one for x of order one."""
+    made = dict(adapter)
+    device = generator.device
+    for module, gate in gates.items():
+        w = made[module]
+        router = torch.randn(gate.experts, w.a.shape[1], generator=generator, device=device) * w.a.shape[1] ** -0.5
+        expert = torch.randint(gate.experts, (w.a.shape[0],), generator=generator, device=device)
+        made[module] = w._replace(gate=gate, router=router.to(w.a.dtype), expert=expert)
+    return made
+
+
+def load(pool: AdapterPool, adapter: Adapter) -> int:
+    """Reserve, write and publish; the slot."""
+    gates = {module: w.gate for module, w in adapter.items() if w.gate is not None}
+    slot = pool.reserve({module: w.a.shape[0] for module, w in adapter.items()}, gates)
+    for module, w in adapter.items():
+        pool.write(slot, module, w.a, w.b, w.scale, router=w.router, expert=w.expert)
+    pool.publish(slot)
+    return slot
+
+
+POPULARITIES = ("distinct", "uniform", "zipf", "identical")
+
+
+def ragged_batch(
+    popularity: str,
+    *,
+    rng: np.random.Generator,
+    requests: int,
+    adapters: int,
+    tokens: int,
+    base_share: float = 0.2,
+) -> tuple[Ints, Ints]:
+    """Adapter (−1: base model) and length of each request; lengths add up to `tokens` and some may be zero.
+
+    distinct: another adapter per request, as far as there are · uniform: all equally likely · zipf: the n-th with
+    weight 1/n · identical: one adapter.
+    """
+    if popularity == "distinct":
+        which = rng.permutation(requests) % adapters
+    elif popularity == "identical":
+        which = np.full(requests, rng.integers(adapters))
+    elif popularity in ("uniform", "zipf"):
+        weight = 1.0 / np.arange(1, adapters + 1) ** (popularity == "zipf")
+        which = rng.choice(adapters, requests, p=weight / weight.sum())
+    else:
+        raise ValueError(f'no popularity "{popularity}"; there are {", ".join(POPULARITIES)}')
+    which = np.where(rng.random(requests) < base_share, -1, which)
+    lengths = rng.multinomial(tokens, rng.dirichlet(np.ones(requests)))
+    return which.astype(np.int32), lengths.astype(np.int32)
+
+
+class Gates(NamedTuple):
+    """`g_TE` in float64, and `margin_T`: how far each token is from another selection."""
+
+    g: Tensor
+    margin: Tensor
+
+
+def exact_gates(gate: TokenGate, logits: Tensor) -> Gates:
+    """The gate of float64 `logits_TE` by sorting. A margin is a distance between scores or between probabilities."""
+    scores = (logits.abs() if gate.absolute else logits) / gate.temperature
+    p, order = torch.softmax(scores, 1).sort(dim=1, descending=True, stable=True)
+    before = p.cumsum(1) - p
+    place = torch.arange(gate.experts, device=p.device)
+    keep = torch.ones_like(p, dtype=torch.bool)
+    margin = torch.full_like(p[:, 0], torch.inf)
+    if gate.select == "top_k":
+        keep = (place < gate.k).expand_as(p)
+    elif gate.select == "top_p":
+        keep = before < gate.p
+        # The first expert is in whatever the rounding.
+        margin = (before - gate.p).abs().amin(1)
+    elif gate.select == "threshold":
+        keep = p >= gate.threshold
+        margin = (p - gate.threshold).abs().amin(1)
+    if gate.select in ("top_k", "top_p") and gate.experts > 1:
+        ranked = scores.gather(1, order)
+        gap = torch.where(keep[:, :-1] & ~keep[:, 1:], ranked[:, :-1] - ranked[:, 1:], torch.inf)
+        margin = torch.minimum(margin, gap.amin(1))
+    value = p * keep
+    if gate.renormalise:
+        value = torch.where(keep.any(1, keepdim=True), value / (value.sum(1, keepdim=True) + gate.eps), 0)
+    if gate.one:
+        value = keep.to(p.dtype)
+    return Gates(torch.zeros_like(p).scatter(1, order, value), margin)
+
+
+def gate_error(gate: TokenGate, logits: Tensor) -> Tensor:
+    """Relative error [T, 1] that float32 may make of a gate whose float32 `logits_TE` are exact.
+
+    A score is off by at most δ = 4 u max|score|: the roundings of 1 / temperature, of the quotient, and of the distance
+    to the largest, which is up to twice as long. The softmax and its renormalisation turn that into 4 δ.
+    """
+    delta = 4 * TOLERANCE[torch.float32].y * (logits / gate.temperature).abs().amax(1, keepdim=True)
+    return 4 * delta + GATE_ROUNDING * TOLERANCE[torch.float32].sum
+
+
+class Exact(NamedTuple):
+    """float64 result, the elementwise error that its dtype's tolerance allows, and `margin_T` of the gates."""
+
+    y: Tensor
+    bound: Tensor
+    margin: Tensor
+
+
+def exact(spec: SiteSpec, adapters: Sequence[Adapter], which: Ints, lengths: Ints, x: Tensor, y: Tensor) -> Exact:
+    """The site's result in float64 from the adapters' own tensors: no pool, no plan, no kernel of this package.
+
+    Rows of x and y beyond the lengths' sum are padding, and base rows: their bound is zero.
+    """
+    tolerance = TOLERANCE[y.dtype]
+    out, bound = y.double(), torch.zeros(y.shape, dtype=torch.float64, device=y.device)
+    margin = torch.full(y.shape[:1], torch.inf, dtype=torch.float64, device=y.device)
+    of_token = np.repeat(which, lengths)
+    for index in np.unique(of_token[of_token >= 0]).tolist():
+        rows = torch.from_numpy(np.flatnonzero(of_token == index)).to(y.device)
+        xs, column = x[rows].double(), 0
+        for module, d_out in zip(spec.modules, spec.d_outs, strict=True):
+            cols, column = slice(column, column + d_out), column + d_out
+            if module not in adapters[index]:
+                continue
+            w = adapters[index][module]
+            a, b, scale = (t.to(y.device).double() for t in w[:3])
+            total, error = out[rows, cols], bound[rows, cols]
+            expert, gates, gate_error = _experts(w, xs, tolerance)
+            for e in range(gates.g.shape[1]):
+                mine, g = expert == e, gates.g[:, e : e + 1]
+                h = xs @ a[mine].t() * scale[mine] * g
+                sums = xs.abs() @ a[mine].abs().t() * scale[mine].abs() * g
+                total += h @ b[mine]
+                error += (tolerance.h + gate_error) * (h.abs() @ b[mine].abs()) + tolerance.sum * (sums @ b[mine].abs())
+            out[rows, cols], bound[rows, cols] = total, error + tolerance.y * total.abs()
+            margin[rows] = torch.minimum(margin[rows], gates.margin)
+    return Exact(out, bound, margin)
+
+
+def _experts(w: Weights, x: Tensor, tolerance: Tolerance) -> tuple[Tensor, Gates, Tensor]:
+    """Expert of each rank row, the gates of tokens `x_TI`, and the relative error [T, 1] that these may have."""
+    if w.gate is None or w.router is None or w.expert is None:
+        one = x.new_ones(x.shape[0], 1)
+        return torch.zeros(w.a.shape[0], device=x.device), Gates(one, x.new_full(x.shape[:1], torch.inf)), 0 * one
+    router = w.router.to(x.device).double()
+    logit_error = tolerance.sum * (x.abs() @ router.abs().t()).amax(1, keepdim=True) / w.gate.temperature
+    gates = exact_gates(w.gate, x @ router.t())
+    return w.expert.to(x.device), gates, 4 * logit_error + GATE_ROUNDING * tolerance.sum
+
+
+def clear_inputs(
+    spec: SiteSpec, adapters: Sequence[Adapter], which: Ints, lengths: Ints, draw: Callable[[], Tensor]
+) -> Tensor:
+    """x from `draw`, its rows drawn anew until no token's selection of experts hangs on a rounding."""
+    x = draw()
+    y = x.new_zeros(x.shape[0], sum(spec.d_outs))
+    for _ in range(100):
+        unclear = exact(spec, adapters, which, lengths, x, y).margin < MARGIN
+        if not unclear.any():
+            return x
+        x = torch.where(unclear[:, None], draw(), x)
+    raise AssertionError(f"no inputs with clear selections for site {spec.name}")
+
+
+def worst(got: Tensor, want: Exact) -> float:
+    """Largest error in units of its bound: correct is at most 1. NaN, or a change without a bound: infinity."""
+    error = (got.double() - want.y).abs()
+    ratio = torch.where(want.bound > 0, error / want.bound.clamp(min=1e-300), error * torch.inf)
+    # 0 · inf: a row that must not change and did not.
+    ratio = torch.where(error == 0, torch.zeros_like(ratio), ratio)
+    return float(ratio.nan_to_num(nan=torch.inf).max()) if ratio.numel() else 0.0

@@ -1,0 +1,55 @@
+# mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator"
+"""g_TE = gate(l_TE) in registers, for one tile of tokens. Definition: `gates.py`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from loramux_kernels import gates
+
+ABSOLUTE = tl.constexpr(gates.ABSOLUTE)
+RENORMALISE = tl.constexpr(gates.RENORMALISE)
+ONE = tl.constexpr(gates.ONE)
+
+
+@triton.jit
+def _real(bits):
+    return tl.load(bits).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def gate(rule, experts, h_rows, plane, mt, SPLITS: tl.constexpr, BT: tl.constexpr, EXPERTS: tl.constexpr):
+    """Weights [BT, EXPERTS], zero beyond `experts`.
+
+    `rule`: `TokenGate.packed` in the table · `h_rows` [BT, 1]: where each token's logits begin · `plane`: elements
+    between the pieces of a logit · `mt` [BT]: which tokens there are.
+    """
+    k = tl.load(rule).to(tl.int32)
+    flags = tl.load(rule + 1).to(tl.int32)
+    p_sum, threshold, eps, temperature = _real(rule + 2), _real(rule + 3), _real(rule + 4), _real(rule + 5)
+    e = tl.arange(0, EXPERTS)[None, :]
+    real = e < experts
+    # What the shrink did not write may hold anything: it is replaced, never multiplied.
+    live = mt[:, None] & real
+    scores = tl.zeros((BT, EXPERTS), tl.float32)
+    for split in tl.static_range(SPLITS):
+        scores += tl.load(h_rows + split * plane + e, mask=live, other=0.0)
+    scores = tl.where((flags & ABSOLUTE) != 0, tl.abs(scores), scores)
+    scores = tl.where(real, tl.div_rn(scores, temperature), -float("inf"))
+    p = tl.exp(scores - tl.max(scores, 1)[:, None])
+    # Rounded as on the host: ten equal scores reach a threshold of 0.1.
+    p = tl.div_rn(p, tl.sum(p, 1)[:, None])
+    # How many experts come before each, and their probability together.
+    place = tl.zeros((BT, EXPERTS), tl.int32)
+    mass = tl.zeros((BT, EXPERTS), tl.float32)
+    for other in range(experts):
+        p_other = tl.sum(tl.where(e == other, p, 0.0), 1)[:, None]
+        before = (p_other > p) | ((p_other == p) & (other < e))
+        place += before.to(tl.int32)
+        mass += tl.where(before, p_other, 0.0)
+    selected = real & (place < k) & (mass < p_sum) & (p >= threshold)
+    g = tl.where(selected, p, 0.0)
+    total = tl.sum(g, 1)[:, None]
+    divisor = tl.where(((flags & RENORMALISE) != 0) & (total > 0), total + eps, 1.0)
+    return tl.where((flags & ONE) != 0, selected.to(tl.float32), g / divisor)

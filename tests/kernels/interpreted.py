@@ -1,0 +1,145 @@
+"""Run the Triton kernels in Triton's interpreter and compare with float64: a process of its own, because the
+interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported.
+
+Writes one line per case; exits non-zero if a result is wrong. The interpreter truncates when it stores bfloat16,
+hence twice the bound there. No token of a mixture is so close to another selection of experts that float32 could
+make it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import numpy as np
+import torch
+
+from loramux_kernels import AdapterPool, SiteSpec, TokenGate
+from loramux_kernels.ops.shrink import PLANE_ROWS
+from loramux_kernels.sites import lookup
+from loramux_kernels.testing import POPULARITIES, clear_inputs, exact, load, mixed, ragged_batch, random_adapter, worst
+
+SPECS = (
+    SiteSpec("qkv", ("q", "k", "v"), 256, (96, 48, 48)),
+    SiteSpec("odd", ("o",), 67, (129,)),
+)
+RANKS = (
+    {"q": 1, "k": 4, "v": 8, "o": 12},
+    {"q": 24, "o": 64},
+    {"k": 33, "v": 40},
+    {"q": 16, "k": 16, "v": 16, "o": 4},
+)
+PLAIN: tuple[dict[str, TokenGate], ...] = ({}, {}, {}, {})
+# Gates by module for the adapters of RANKS, the last of which stays plain.
+MIXED: tuple[dict[str, TokenGate], ...] = (
+    {
+        "q": TokenGate(1),
+        "v": TokenGate(3, "top_k", k=2, renormalise=False),
+        "o": TokenGate(16, "top_p", p=0.7, temperature=0.5),
+    },
+    {"q": TokenGate(8, "top_k", k=2), "o": TokenGate(5, "top_k", k=3, absolute=True, one=True)},
+    {"k": TokenGate(6, "threshold", threshold=0.22), "v": TokenGate(7, eps=1e-3)},
+    {},
+)
+MAX_RANK = 64
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    kind = torch.int32 if a.dtype == torch.float32 else torch.int16
+    return torch.equal(a.view(kind), b.view(kind))
+
+
+def check(
+    dtype: torch.dtype, tokens: int, gates: tuple[dict[str, TokenGate], ...], popularity: str, rng: np.random.Generator
+) -> bool:
+    pool = AdapterPool(
+        SPECS,
+        capacity_bytes=1 << 20,
+        slots=6,
+        max_rank=MAX_RANK,
+        max_tokens=320,
+        max_requests=24,
+        dtype=dtype,
+        device="cpu",
+        backend="triton",
+    )
+    gen = torch.Generator().manual_seed(int(rng.integers(1 << 30)))
+    adapters = [
+        mixed(random_adapter(SPECS, ranks, dtype, gen), rules, gen) for ranks, rules in zip(RANKS, gates, strict=True)
+    ]
+    hole = load(pool, adapters[0])
+    slots = np.array([*(load(pool, a) for a in adapters), -1], dtype=np.int32)
+    pool.release(hole)
+    which, lengths = ragged_batch(
+        popularity,
+        rng=rng,
+        requests=min(tokens, 24),
+        adapters=len(adapters),
+        tokens=tokens,
+        base_share=0.2 if tokens > 1 else 0.0,
+    )
+    pool.set_batch(slots[which], lengths)
+    padded = tokens + 3
+    good = True
+    for spec, site_id in zip(SPECS, pool.site_ids, strict=True):
+        site, width = lookup(site_id), sum(spec.d_outs)
+        draw = lambda s=spec: torch.randn(padded, s.d_in, generator=gen).to(dtype)  # noqa: E731
+        x = torch.empty(padded, spec.d_in + 16, dtype=dtype)[:, : spec.d_in]
+        x.copy_(clear_inputs(spec, adapters, which, lengths, draw))
+        y = torch.randn(padded, width, generator=gen).to(dtype)
+        before = y.clone()
+        h = torch.full((padded + PLANE_ROWS, site.rows), float("nan"))
+        site.backend.shrink(site, x, h)
+        site.backend.expand(site, y, h)
+        error = worst(y, exact(spec, adapters, which, lengths, x, before))
+        base = torch.from_numpy(np.r_[np.repeat(which, lengths), [-1] * 3] < 0)
+        ok = error <= (2 if dtype == torch.bfloat16 else 1) and same_bits(y[base], before[base])
+        good &= ok
+        case = f"{dtype} {spec.name} T={tokens} {popularity}{' mixed' * any(gates)}"
+        sys.stdout.write(f"{'OK' if ok else 'FAIL'} {case} error {error:.2f}\n")
+    return good
+
+
+def check_ties(rule: TokenGate) -> bool:
+    """Equal scores, and the selections that hang on them exactly."""
+    spec, gen = SPECS[1], torch.Generator().manual_seed(0)
+    w = mixed(random_adapter(SPECS, {"o": 40}, torch.float32, gen), {"o": rule}, gen)["o"]
+    adapter = {"o": w._replace(router=torch.zeros(rule.experts, spec.d_in))}
+    pool = AdapterPool(
+        [spec],
+        capacity_bytes=1 << 20,
+        slots=1,
+        max_rank=MAX_RANK,
+        max_tokens=8,
+        max_requests=1,
+        dtype=torch.float32,
+        device="cpu",
+        backend="triton",
+    )
+    which, lengths = np.array([load(pool, adapter)], np.int32), np.array([5], np.int32)
+    pool.set_batch(which, lengths)
+    x, y = torch.randn(5, spec.d_in, generator=gen), torch.randn(5, sum(spec.d_outs), generator=gen)
+    before, site = y.clone(), lookup(pool.site_ids[0])
+    h = torch.full((5 + PLANE_ROWS, site.rows), float("nan"))
+    site.backend.shrink(site, x, h)
+    site.backend.expand(site, y, h)
+    error = worst(y, exact(spec, [adapter], which, lengths, x, before))
+    sys.stdout.write(f"{'OK' if error <= 1 else 'FAIL'} equal scores, {rule} error {error:.2f}\n")
+    return error <= 1
+
+
+TIES = (
+    TokenGate(8, "top_k", k=2),
+    TokenGate(8, "top_p", p=0.5),
+    TokenGate(10, "threshold", threshold=0.1),
+    TokenGate(4, "threshold", threshold=2.0),
+)
+
+if __name__ == "__main__":
+    rng = np.random.default_rng(0)
+    # One length at least of every class in triton/config.py.
+    cases = [(torch.float32, t) for t in (1, 13, 40, 100, 260)] + [(torch.bfloat16, t) for t in (40, 260)]
+    good = [check_ties(rule) for rule in TIES]
+    for gates in (PLAIN, MIXED):
+        good += [check(d, t, gates, p, rng) for (d, t), p in zip(cases, itertools.cycle(POPULARITIES))]
+    sys.exit(not all(good))

@@ -1,0 +1,105 @@
+"""The gate alone: both host implementations against a float64 one by sorting, and its corner cases by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loramux_kernels import MAX_EXPERTS, TokenGate
+from loramux_kernels.cpu import gate as cpu_gate
+from loramux_kernels.reference import gate as reference_gate
+from loramux_kernels.testing import MARGIN, exact_gates, gate_error
+
+
+def by_token(rule: TokenGate, logits: Tensor) -> Tensor:
+    return torch.stack([reference_gate.gate(rule, row) for row in logits])
+
+
+BACKENDS: dict[str, Callable[[TokenGate, Tensor], Tensor]] = {"cpu": cpu_gate.gate, "reference": by_token}
+RULES = st.builds(
+    TokenGate,
+    experts=st.integers(1, MAX_EXPERTS),
+    select=st.sampled_from(["all", "top_k", "top_p", "threshold"]),
+    k=st.integers(1, MAX_EXPERTS + 2),
+    p=st.floats(0.05, 0.95),
+    threshold=st.floats(0.0, 0.7),
+    renormalise=st.booleans(),
+    eps=st.sampled_from([0.0, 1e-6, 0.5]),
+    temperature=st.floats(0.3, 4.0),
+    absolute=st.booleans(),
+    one=st.booleans(),
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=150, deadline=None)
+@given(rule=RULES, seed=st.integers(0, 2**31))
+def test_against_sorting_in_float64(backend: str, rule: TokenGate, seed: int) -> None:
+    logits = torch.randn(24, rule.experts, generator=torch.Generator().manual_seed(seed))
+    want = exact_gates(rule, logits.double())
+    # Where a selection hangs on a rounding, float32 and float64 may differ; most tokens are far from that.
+    clear = want.margin > MARGIN
+    torch.testing.assert_close(BACKENDS[backend](rule, logits.double())[clear], want.g[clear], rtol=1e-12, atol=0)
+    got = BACKENDS[backend](rule, logits)
+    assert got.dtype == torch.float32
+    error = (got.double() - want.g).abs()
+    assert (error <= gate_error(rule, logits.double()) * want.g)[clear].all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("rule", "scores", "want"),
+    [
+        # Between equal scores the lower index comes first.
+        (TokenGate(4, "top_k", k=2), [0, 0, 0, 0], [0.5, 0.5, 0, 0]),
+        (TokenGate(4, "top_k", k=2), [0, 3, 0, 3], [0, 0.5, 0, 0.5]),
+        (TokenGate(3, "top_k", k=1, absolute=True), [1, -2, 2], [0, 1, 0]),
+        (TokenGate(4, "top_p", p=0.5), [0, 0, 0, 0], [0.5, 0.5, 0, 0]),
+        (TokenGate(4, "top_p", p=0.51), [0, 0, 0, 0], [1 / 3, 1 / 3, 1 / 3, 0]),
+        # The one that reaches p is in, and so is the first, however small p is.
+        (TokenGate(2, "top_p", p=1e-6, renormalise=False), [0, 0], [0.5, 0]),
+        (TokenGate(4, "top_p", p=1.0), [0, 0, 0, 0], [0.25, 0.25, 0.25, 0.25]),
+        (TokenGate(4, "threshold", threshold=0.25, renormalise=False), [0, 0, 0, 0], [0.25] * 4),
+        (TokenGate(10, "threshold", threshold=0.1, renormalise=False), [0] * 10, [0.1] * 10),
+        (TokenGate(4, "threshold", threshold=0.26), [0, 0, 0, 0], [0, 0, 0, 0]),
+        (TokenGate(4, "threshold", threshold=2.0, one=True), [0, 0, 0, 9], [0, 0, 0, 0]),
+        (TokenGate(3, "top_k", k=9, one=True), [5, 0, 1], [1, 1, 1]),
+        (TokenGate(2, "top_k", k=1, eps=0.5), [0, 0], [0.5, 0]),
+        (TokenGate(1, "top_k", k=1), [-7], [1]),
+        (TokenGate(2, temperature=0.5), [math.log(3) / 2, 0], [0.75, 0.25]),
+    ],
+    ids=str,
+)
+def test_by_hand(backend: str, rule: TokenGate, scores: list[float], want: list[float]) -> None:
+    for dtype in (torch.float32, torch.float64):
+        got = BACKENDS[backend](rule, torch.tensor([scores, scores], dtype=dtype))
+        torch.testing.assert_close(got, torch.tensor([want, want], dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("experts", {"experts": 0}),
+        ("experts", {"experts": MAX_EXPERTS + 1}),
+        ("select", {"select": "best"}),
+        ("k", {"select": "top_k"}),
+        ("k", {"k": -1}),
+        ("p", {"p": 0.0}),
+        ("p", {"p": 1.5}),
+        ("threshold", {"threshold": math.nan}),
+        ("eps", {"eps": -1e-6}),
+        ("temperature", {"temperature": 0.0}),
+        ("temperature", {"temperature": 1e-60}),
+        ("temperature", {"temperature": 1e60}),
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused_by_field(field: str, values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{field}:"):
+        TokenGate(**{"experts": 4, **values})

@@ -1,0 +1,338 @@
+"""Mixtures of experts through shrink and expand, on the CPU and the reference, against float64 expert by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import loramux_kernels as lk
+from loramux_kernels import MAX_EXPERTS, AdapterPool, SiteSpec, TokenGate
+from loramux_kernels.sites import lookup
+from loramux_kernels.testing import (
+    POPULARITIES,
+    Ints,
+    Weights,
+    clear_inputs,
+    exact,
+    load,
+    mixed,
+    ragged_batch,
+    random_adapter,
+    worst,
+)
+
+QKV = SiteSpec("qkv", ("q", "k", "v"), 96, (160, 33, 32))
+ODD = SiteSpec("odd", ("o",), 259, (129,))
+SPECS = (QKV, ODD)
+# Gates differ per slice and per site; the second adapter has plain modules beside mixtures, the third is plain.
+ADAPTERS: tuple[tuple[Mapping[str, int], Mapping[str, TokenGate]], ...] = (
+    (
+        {"q": 16, "k": 40, "v": 3, "o": 33},
+        {
+            "q": TokenGate(8, "top_k", k=2),
+            "k": TokenGate(16, "top_p", p=0.6, temperature=0.5),
+            "v": TokenGate(1),
+            "o": TokenGate(5, "threshold", threshold=0.21, renormalise=False),
+        },
+    ),
+    (
+        {"q": 7, "k": 5, "v": 64, "o": 12},
+        {"v": TokenGate(3, "top_k", k=1, renormalise=False, absolute=True), "o": TokenGate(4, "top_k", k=2, one=True)},
+    ),
+    ({"q": 24, "v": 8, "o": 64}, {}),
+    ({"k": 64, "o": 64}, {"k": TokenGate(2, eps=1e-6), "o": TokenGate(16, "top_k", k=5, temperature=2.0)}),
+    ({"o": 9}, {"o": TokenGate(7, "threshold", threshold=0.15, absolute=True)}),
+)
+BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16}
+BACKENDS = ("cpu", "reference")
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """In deterministic mode torch fills what `empty` returns with NaN: h must be right without being cleared."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(
+    dtype: torch.dtype = torch.float32,
+    backend: str = "cpu",
+    specs: tuple[SiteSpec, ...] = SPECS,
+    max_rank: int = 64,
+) -> AdapterPool:
+    return AdapterPool(
+        specs,
+        capacity_bytes=24 << 20,
+        slots=8,
+        max_rank=max_rank,
+        max_tokens=64,
+        max_requests=16,
+        dtype=dtype,
+        device="cpu",
+        backend=backend,
+    )
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(BITS[a.dtype]), b.view(BITS[b.dtype]))
+
+
+def apply(pool: AdapterPool, index: int, x: Tensor, y: Tensor) -> Tensor:
+    """A copy of y with the site's adapters added."""
+    y = y.clone()
+    lk.expand(y, lk.shrink(x, pool.site_ids[index], pool.h_width(index)), pool.site_ids[index])
+    return y
+
+
+def adapters_of(dtype: torch.dtype, generator: torch.Generator) -> list[dict[str, Weights]]:
+    return [mixed(random_adapter(SPECS, ranks, dtype, generator), gates, generator) for ranks, gates in ADAPTERS]
+
+
+def clear(
+    spec: SiteSpec,
+    adapters: list[dict[str, Weights]],
+    which: Ints,
+    lengths: Ints,
+    rows: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """x without selections that hang on a rounding, as a view of wider rows, and y."""
+    x = torch.empty(rows, spec.d_in + 5, dtype=dtype)[:, : spec.d_in]
+    draw = lambda: torch.randn(rows, spec.d_in, generator=generator).to(dtype)  # noqa: E731
+    x.copy_(clear_inputs(spec, adapters, which, lengths, draw))
+    return x, torch.randn(rows, sum(spec.d_outs), generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+def test_plain_mixture_and_base_rows_against_float64(dtype: torch.dtype, backend: str) -> None:
+    generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    adapters = adapters_of(dtype, generator)
+    pool = make(dtype, backend)
+    slots = np.array([*(load(pool, a) for a in adapters), -1], np.int32)
+    for popularity in POPULARITIES:
+        for requests, tokens in ((1, 1), (9, 9), (16, 41)):
+            which, lengths = ragged_batch(popularity, rng=rng, requests=requests, adapters=len(adapters), tokens=tokens)
+            pool.set_batch(slots[which], lengths)
+            base = torch.from_numpy(np.r_[np.repeat(which, lengths), [-1, -1]] < 0)
+            for index, spec in enumerate(SPECS):
+                x, y = clear(spec, adapters, which, lengths, tokens + 2, dtype, generator)
+                got = apply(pool, index, x, y)
+                assert worst(got, exact(spec, adapters, which, lengths, x, y)) <= 1
+                assert same_bits(got[base], y[base])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("experts", range(1, MAX_EXPERTS + 1))
+def test_every_number_of_experts_with_unequal_ranks(experts: int, backend: str) -> None:
+    generator = torch.Generator().manual_seed(experts)
+    pool = make(backend=backend, specs=(ODD,), max_rank=64 * MAX_EXPERTS)
+    ranks = torch.randint(1, 65, (experts,), generator=generator)
+    ranks[-1], ranks[0] = 64, 1
+    expert = torch.arange(experts).repeat_interleave(ranks)
+    which, lengths = np.array([0, -1, 0], np.int32), np.array([4, 1, 3], np.int32)
+    rules = (
+        TokenGate(experts, "top_k", k=2),
+        TokenGate(experts, "top_p", p=0.7, renormalise=False),
+        TokenGate(experts, "threshold", threshold=0.9 / experts, one=True),
+        TokenGate(experts, absolute=True, temperature=0.7),
+    )
+    for rule in rules:
+        plain = random_adapter((ODD,), {"o": expert.numel()}, torch.float32, generator)
+        w = mixed(plain, {"o": rule}, generator)["o"]._replace(expert=expert)
+        x, y = clear(ODD, [{"o": w}], which, lengths, 8, torch.float32, generator)
+        shuffled = torch.randperm(expert.numel(), generator=generator)
+        other = w._replace(a=w.a[shuffled], b=w.b[shuffled], scale=w.scale[shuffled], expert=expert[shuffled].int())
+        for adapter in ({"o": w}, {"o": other}):
+            slot = load(pool, adapter)
+            pool.set_batch(np.where(which < 0, -1, slot).astype(np.int32), lengths)
+            assert worst(apply(pool, 0, x, y), exact(ODD, [{"o": w}], which, lengths, x, y)) <= 1
+            pool.release(slot)
+
+
+def test_the_bound_notices_a_wrong_expert() -> None:
+    """Guards the other tests: the smallest mistakes a gate could make are far outside of the bound."""
+    generator = torch.Generator().manual_seed(0)
+    which, lengths = np.array([0], np.int32), np.array([5], np.int32)
+    rule = TokenGate(4, "top_k", k=2)
+    w = mixed(random_adapter((ODD,), {"o": 64}, torch.float32, generator), {"o": rule}, generator)["o"]
+    x, y = clear(ODD, [{"o": w}], which, lengths, 5, torch.float32, generator)
+    want = exact(ODD, [{"o": w}], which, lengths, x, y)
+    assert w.expert is not None and w.router is not None
+    moved = w.expert.clone()
+    moved[0] = (moved[0] + 1) % 4
+    for wrong in (
+        w._replace(expert=moved),
+        w._replace(gate=TokenGate(4, "top_k", k=3)),
+        w._replace(gate=TokenGate(4, "top_k", k=2, eps=1e-3)),
+        w._replace(router=w.router.roll(1, 0)),
+    ):
+        pool = make(specs=(ODD,))
+        pool.set_batch(np.array([load(pool, {"o": wrong})], np.int32), lengths)
+        assert worst(apply(pool, 0, x, y), want) > 10
+
+
+def test_order_and_chunks_of_a_batch_change_no_answer() -> None:
+    generator, rng = torch.Generator().manual_seed(1), np.random.default_rng(1)
+    adapters = adapters_of(torch.float32, generator)
+    pool = make()
+    slots = np.array([*(load(pool, a) for a in adapters), -1], np.int32)
+    which, lengths = ragged_batch("uniform", rng=rng, requests=14, adapters=len(adapters), tokens=40)
+    ends = np.cumsum(lengths)
+    for index, spec in enumerate(SPECS):
+        x, y = clear(spec, adapters, which, lengths, 40, torch.float32, generator)
+        pool.set_batch(slots[which], lengths)
+        want, bound = apply(pool, index, x, y), exact(spec, adapters, which, lengths, x, y).bound
+        for _ in range(5):
+            order = rng.permutation(14).astype(np.int32)
+            shuffled = torch.from_numpy(np.concatenate([np.arange(ends[i] - lengths[i], ends[i]) for i in order]))
+            pool.set_batch(slots[which[order]], lengths[order])
+            got = apply(pool, index, x[shuffled], y[shuffled])
+            assert ((got - want[shuffled]).abs() <= 2 * bound[shuffled]).all()
+        for cut in (1, 17, 39):
+            head = np.minimum(ends, cut) - np.minimum(ends - lengths, cut)
+            for part, rows in ((head, slice(0, cut)), (lengths - head, slice(cut, 40))):
+                pool.set_batch(slots[which], part.astype(np.int32))
+                assert ((apply(pool, index, x[rows], y[rows]) - want[rows]).abs() <= 2 * bound[rows]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_plain_rows_have_the_bits_of_a_pool_without_mixtures(backend: str) -> None:
+    generator, rng = torch.Generator().manual_seed(2), np.random.default_rng(2)
+    adapters = adapters_of(torch.float32, generator)
+    plain = random_adapter(SPECS, {"q": 24, "v": 8, "o": 64}, torch.float32, generator)
+    mixing, alone = make(backend=backend), make(backend=backend)
+    slots = np.array([*(load(mixing, a) for a in adapters), load(mixing, plain), -1], np.int32)
+    slot = load(alone, plain)
+    which = rng.permutation([*range(-1, len(adapters)), *[len(adapters)] * 4]).astype(np.int32)
+    lengths = np.full(10, 6, np.int32)
+    mine = which == len(adapters)
+    rows = torch.from_numpy(np.repeat(mine, lengths))
+    for index, spec in enumerate(SPECS):
+        x = torch.randn(60, spec.d_in, generator=generator)
+        y = torch.randn(60, sum(spec.d_outs), generator=generator)
+        mixing.set_batch(slots[which], lengths)
+        alone.set_batch(np.where(mine, slot, -1).astype(np.int32), lengths)
+        assert same_bits(apply(mixing, index, x, y)[rows], apply(alone, index, x, y)[rows])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_scores_go_to_the_lowest_experts(backend: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    adapter = mixed(
+        random_adapter((ODD,), {"o": 40}, torch.float32, generator), {"o": TokenGate(8, "top_k", k=2)}, generator
+    )
+    w = adapter["o"]._replace(router=torch.zeros(8, ODD.d_in))
+    assert w.expert is not None
+    pool = make(backend=backend, specs=(ODD,))
+    pool.set_batch(np.array([load(pool, {"o": w})], np.int32), np.array([6], np.int32))
+    first = w.expert < 2
+    halves = Weights(w.a[first], w.b[first], w.scale[first] / 2)
+    x, y = torch.randn(6, ODD.d_in, generator=generator), torch.randn(6, 129, generator=generator)
+    want = exact(ODD, [{"o": halves}], np.array([0], np.int32), np.array([6], np.int32), x, y)
+    assert worst(apply(pool, 0, x, y), want) <= 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("one", [False, True])
+def test_a_token_that_selects_no_expert_gets_nothing(backend: str, one: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    rule = TokenGate(4, "threshold", threshold=1.5, one=one)
+    pool = make(backend=backend, specs=(ODD,))
+    adapter = mixed(random_adapter((ODD,), {"o": 40}, torch.float32, generator), {"o": rule}, generator)
+    pool.set_batch(np.array([load(pool, adapter)], np.int32), np.array([6], np.int32))
+    x, y = torch.randn(6, ODD.d_in, generator=generator), torch.randn(6, 129, generator=generator)
+    assert torch.equal(apply(pool, 0, x, y), y)
+
+
+def test_bytes_are_the_weights_routers_and_experts_plus_less_than_a_line_per_array() -> None:
+    pool, gates = make(), {"q": TokenGate(8), "o": TokenGate(3)}
+    ranks = {"q": 16, "k": 4, "o": 5}
+    exactly = 4 * ((20 + 8) * 96 + 20 + 20 + 16 * 160 + 4 * 33) + 4 * ((5 + 3) * 259 + 5 + 5 + 5 * 129)
+    needed = pool.bytes_for(ranks, gates)
+    assert exactly <= needed < exactly + 9 * 128
+    assert pool.bytes_for(ranks) < needed
+    slot = pool.reserve(ranks, gates)
+    assert pool.used_bytes == needed
+    pool.release(slot)
+    assert pool.used_bytes == 0
+
+
+def test_h_has_room_for_the_logits_of_every_slice() -> None:
+    pool = make(max_rank=8)
+    gates = {m: TokenGate(MAX_EXPERTS) for m in "qkv"}
+    generator = torch.Generator().manual_seed(5)
+    adapter = mixed(random_adapter((QKV,), {m: 8 for m in "qkv"}, torch.float32, generator), gates, generator)
+    held = lookup(pool.site_ids[0]).slots
+    slot = load(pool, adapter)
+    weights = held[slot]
+    assert weights is not None and weights.a.shape[0] == pool.h_width(0) == 3 * (8 + MAX_EXPERTS)
+    assert pool.overhead_bytes >= 64 * 3 * (8 + MAX_EXPERTS) * 4
+
+
+def test_wrong_routers_and_experts_are_refused_before_anything_is_copied() -> None:
+    generator = torch.Generator().manual_seed(6)
+    gates = {"o": TokenGate(4)}
+    adapter = mixed(random_adapter((ODD,), {"o": 9}, torch.float32, generator), gates, generator)
+    a, b, scale, _, router, expert = adapter["o"]
+    assert router is not None and expert is not None
+    pool = make(specs=(ODD,))
+    gated, plain = pool.reserve({"o": 9}, gates), pool.reserve({"o": 9})
+    bad: tuple[tuple[type[Exception], Tensor | None, Tensor | None], ...] = (
+        (lk.WrongShape, router[:3], expert),
+        (lk.WrongShape, router[:, 1:], expert),
+        (lk.WrongShape, router, expert[1:]),
+        (ValueError, router, expert.index_fill(0, torch.tensor(8), 4)),
+        (ValueError, router, expert.index_fill(0, torch.tensor(0), -1)),
+        (ValueError, router, expert.float()),
+        (ValueError, None, expert),
+        (ValueError, router, None),
+    )
+
+    def refuse() -> None:
+        for error, wrong_router, wrong_expert in bad:
+            with pytest.raises(error, match=r'module "?o'):
+                pool.write(gated, "o", a + 1, b + 1, scale + 1, router=wrong_router, expert=wrong_expert)
+        with pytest.raises(ValueError, match="without a gate"):
+            pool.write(plain, "o", a, b, scale, router=router, expert=expert)
+
+    refuse()
+    for slot in (gated, plain):
+        with pytest.raises(lk.NotWritten):
+            pool.publish(slot)
+    written = pool.write(gated, "o", a, b, scale, router=router, expert=expert)
+    assert written == 4 * (a.numel() + b.numel() + router.numel() + 9 + 9)
+    refuse()
+    pool.publish(gated)
+    held = lookup(pool.site_ids[0]).slots[gated]
+    assert held is not None and held.live[0].gate is not None
+    for got, want in (
+        (held.a, torch.cat([a, router])),
+        (held.scale, scale),
+        (held.live[0].b, b),
+        (held.live[0].gate.expert, expert),
+    ):
+        assert (got == want).all()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gates", "error"),
+    [
+        ({"q": 4}, {"nope": TokenGate(2)}, lk.UnknownModule),
+        ({"q": 4}, {"k": TokenGate(2)}, ValueError),
+        ({"q": 4, "k": 0}, {"k": TokenGate(2)}, ValueError),
+    ],
+)
+def test_a_gate_without_rank_is_refused(
+    ranks: Mapping[str, int], gates: Mapping[str, TokenGate], error: type[Exception]
+) -> None:
+    pool = make()
+    with pytest.raises(error):
+        pool.reserve(ranks, gates)
+    assert pool.used_bytes == 0 and pool.free_slots == 8

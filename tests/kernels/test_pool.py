@@ -1,0 +1,259 @@
+"""The pool's accounts, and what a step may see of a slot in each stage of its life."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import loramux_kernels as lk
+from loramux_kernels import AdapterPool, SiteSpec
+from loramux_kernels.sites import lookup
+from loramux_kernels.testing import load, random_adapter
+
+SPECS = (SiteSpec("l0.qkv", ("q", "k", "v"), 24, (32, 8, 8)), SiteSpec("l0.o", ("o",), 32, (24,)))
+RANKS = st.dictionaries(st.sampled_from("qkvo"), st.integers(0, 12), min_size=1)
+TOKENS = 12
+
+
+def make(capacity_bytes: int = 24 << 10, slots: int = 4, backend: str | None = None) -> AdapterPool:
+    return AdapterPool(
+        SPECS,
+        capacity_bytes=capacity_bytes,
+        slots=slots,
+        max_rank=12,
+        max_tokens=TOKENS,
+        max_requests=8,
+        dtype=torch.float32,
+        device="cpu",
+        backend=backend,
+    )
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def state(pool: AdapterPool) -> tuple[object, ...]:
+    return pool.used_bytes, pool.free_bytes, pool.free_slots, pool.resident()
+
+
+def run(pool: AdapterPool, slots: list[int], lengths: list[int], x: torch.Tensor) -> torch.Tensor:
+    """Output of the first site for y = 0."""
+    pool.set_batch(np.array(slots, np.int32), np.array(lengths, np.int32))
+    y = torch.zeros(x.shape[0], sum(SPECS[0].d_outs))
+    lk.expand(y, lk.shrink(x, pool.site_ids[0], pool.h_width(0)), pool.site_ids[0])
+    return y
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(RANKS, st.integers(0, 9)), max_size=25))
+def test_any_order_of_reserve_write_publish_release(steps: list[dict[str, int] | int]) -> None:
+    pool, held, generator = make(), {}, torch.Generator()
+    for step in steps:
+        before = state(pool)
+        if isinstance(step, dict):
+            needed = pool.bytes_for(step)
+            try:
+                slot = pool.reserve(step)
+            except lk.PoolFull as full:
+                assert state(pool) == before
+                assert full.needed_bytes == needed
+                assert full.free_slots == 0 or full.largest_free_bytes < needed
+                continue
+            assert slot not in held
+            held[slot] = needed
+            if sum(step.values()) % 2:
+                adapter = random_adapter(SPECS, {m: r for m, r in step.items() if r}, torch.float32, generator)
+                for module, w in adapter.items():
+                    pool.write(slot, module, w.a, w.b, w.scale)
+                pool.publish(slot)
+                assert slot in pool.resident()
+        elif held:
+            slot = list(held)[step % len(held)]
+            del held[slot]
+            pool.release(slot)
+            assert slot not in pool.resident()
+        assert pool.used_bytes == sum(held.values()) == pool.capacity_bytes - pool.free_bytes
+        assert pool.free_slots == pool.slots - len(held)
+    for slot in held:
+        pool.release(slot)
+    assert state(pool) == (0, pool.capacity_bytes, pool.slots, ())
+
+
+def test_bytes_are_the_weights_plus_less_than_a_line_per_array() -> None:
+    pool = make()
+    exact = 4 * (4 * 24 + 4 + 4 * 32) + 4 * (3 * 32 + 3 + 3 * 24)
+    assert exact <= pool.bytes_for({"q": 4, "o": 3}) < exact + 6 * 128
+
+
+def test_a_fragmented_pool_says_so() -> None:
+    ranks = {"q": 12}
+    piece = make().bytes_for(ranks)
+    pool = make(capacity_bytes=4 * piece, slots=8)
+    slots = [pool.reserve(ranks) for _ in range(4)]
+    pool.release(slots[0])
+    pool.release(slots[2])
+    before = state(pool)
+    with pytest.raises(lk.PoolFull) as caught:
+        pool.reserve({"q": 12, "k": 12})
+    assert caught.value.largest_free_bytes == piece < caught.value.needed_bytes <= caught.value.free_bytes
+    assert state(pool) == before
+
+
+@pytest.mark.parametrize(
+    ("ranks", "error"),
+    [
+        ({"q": 4, "nope": 4}, lk.UnknownModule),
+        ({"q": 4, "o": 13}, lk.RankTooLarge),
+        ({"q": -1}, ValueError),
+        ({"q": 12, "k": 12, "v": 12, "o": 12}, lk.PoolFull),
+    ],
+)
+def test_a_refused_reservation_changes_nothing(ranks: Mapping[str, int], error: type[Exception]) -> None:
+    pool = make(capacity_bytes=2 << 10)
+    pool.reserve({"k": 1})
+    before = state(pool)
+    with pytest.raises(error):
+        pool.reserve(ranks)
+    assert state(pool) == before
+
+
+def test_weights_must_fit_the_reservation(generator: torch.Generator) -> None:
+    pool = make()
+    slot = pool.reserve({"q": 4})
+    w = random_adapter(SPECS, {"q": 4}, torch.float32, generator)["q"]
+    for a, b, scale in ((w.a[:3], w.b, w.scale), (w.a, w.b.t(), w.scale), (w.a, w.b, w.scale[:1])):
+        with pytest.raises(lk.WrongShape):
+            pool.write(slot, "q", a, b, scale)
+    with pytest.raises(lk.UnknownSlot):
+        pool.write(slot, "k", w.a, w.b, w.scale)
+    with pytest.raises(lk.UnknownSlot):
+        pool.write(slot + 1, "q", w.a, w.b, w.scale)
+    with pytest.raises(lk.NotWritten):
+        pool.publish(slot)
+    assert pool.write(slot, "q", w.a, w.b, w.scale) == 4 * (w.a.numel() + w.b.numel() + 4)
+    pool.publish(slot)
+
+
+def test_writing_converts_to_the_pools_dtype(generator: torch.Generator) -> None:
+    pool, w = make(), random_adapter(SPECS, {"k": 5}, torch.float64, generator)["k"]
+    slot = load(pool, {"k": w})
+    held = lookup(pool.site_ids[0]).slots[slot]
+    assert held is not None
+    torch.testing.assert_close(held.a, w.a.float(), rtol=0, atol=0)
+    torch.testing.assert_close(held.live[0].b, w.b.float(), rtol=0, atol=0)
+
+
+def test_a_step_sees_a_slot_from_publish_to_release(generator: torch.Generator) -> None:
+    pool, x = make(), torch.randn(TOKENS, 24, generator=generator)
+    adapter = random_adapter(SPECS, {"q": 4, "v": 8}, torch.float32, generator)
+
+    def seen() -> tuple[bool, bool]:
+        """Whether the step changes rows of the slot, and whether the pool says that it does anything."""
+        return bool(run(pool, [slot, -1], [5, 7], x)[:5].any()), pool.active
+
+    slot = pool.reserve({m: w.a.shape[0] for m, w in adapter.items()})
+    assert seen() == (False, False)
+    for module, w in adapter.items():
+        pool.write(slot, module, w.a, w.b, w.scale)
+    assert seen() == (False, False)
+    pool.publish(slot)
+    assert seen() == (True, True)
+    pool.release(slot)
+    assert seen() == (False, False)
+
+
+def test_same_adapter_in_another_slot_and_place_gives_the_same_bits(generator: torch.Generator) -> None:
+    pool, x = make(capacity_bytes=64 << 10), torch.randn(TOKENS, 24, generator=generator)
+    adapter = random_adapter(SPECS, {"q": 4, "v": 8, "o": 2}, torch.float32, generator)
+    first = load(pool, adapter)
+    other = load(pool, random_adapter(SPECS, {"q": 12, "k": 3}, torch.float32, generator))
+    second = load(pool, adapter)
+    want = run(pool, [first], [TOKENS], x)
+    assert torch.equal(run(pool, [second], [TOKENS], x), want)
+    pool.release(first)
+    pool.release(other)
+    third = load(pool, adapter)
+    assert third == first
+    assert torch.equal(run(pool, [third], [TOKENS], x), want)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_pool_made_in_inference_mode_is_written_outside_of_it(backend: str, generator: torch.Generator) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    with torch.inference_mode():
+        pool = make(backend=backend)
+    slot = load(pool, random_adapter(SPECS, {"q": 4}, torch.float32, generator))
+    with torch.inference_mode():
+        pool.set_batch(np.array([slot], np.int32), np.array([3], np.int32))
+        pool.set_idle(True)
+    pool.set_batch(np.array([slot], np.int32), np.array([3], np.int32))
+    assert pool.active
+
+
+@pytest.mark.parametrize("slots", [[99, -7], [2**31 - 1, -(2**31)]])
+def test_a_slot_that_cannot_exist_is_a_base_row(slots: list[int], generator: torch.Generator) -> None:
+    assert not run(make(), slots, [3, 4], torch.randn(TOKENS, 24, generator=generator)).any()
+
+
+def test_idle_pools_do_nothing(generator: torch.Generator) -> None:
+    pool, x = make(), torch.randn(TOKENS, 24, generator=generator)
+    slot = load(pool, random_adapter(SPECS, {"q": 4}, torch.float32, generator))
+    assert run(pool, [slot], [3], x).any()
+    for launch in (True, False):
+        pool.set_idle(launch)
+        assert pool.active is launch
+        y = torch.zeros(TOKENS, 48)
+        lk.expand(y, lk.shrink(x, pool.site_ids[0], pool.h_width(0)), pool.site_ids[0])
+        assert not y.any()
+    assert run(pool, [slot], [3], x).any()
+
+
+def test_a_step_longer_than_the_pool_was_made_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokens"):
+        make().set_batch(np.array([-1], np.int32), np.array([TOKENS + 1], np.int32))
+
+
+def test_a_pool_that_nobody_holds_takes_its_memory_with_it() -> None:
+    pool = make()
+    site_id = pool.site_ids[0]
+    del pool
+    gc.collect()
+    with pytest.raises(LookupError, match="no live pool"):
+        lookup(site_id)
+
+
+def test_backend_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend() -> str:
+        pool = make()
+        return lookup(pool.site_ids[0]).backend.name
+
+    assert backend() == "cpu"
+    monkeypatch.setenv("LORAMUX_KERNELS", "reference")
+    assert backend() == "reference"
+    monkeypatch.setenv("LORAMUX_KERNELS", "fastest")
+    with pytest.raises(ValueError, match="fastest"):
+        backend()
+
+
+@pytest.mark.parametrize("modules", [("q",), ("q", "q")])
+def test_sites_must_make_sense(modules: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=r"slices|two sites"):
+        AdapterPool(
+            [SiteSpec("s", modules, 8, (8, 8))],
+            capacity_bytes=1024,
+            slots=1,
+            max_rank=1,
+            max_tokens=1,
+            max_requests=1,
+            dtype=torch.float32,
+            device="cpu",
+        )
