@@ -1,0 +1,1 @@
+"""Making one adapter out of several, without training."""

@@ -1,0 +1,59 @@
+"""The adapter methods that can be served. Each is one file that ends in an object of the `Method` protocol."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+from loramux_adapters.abilities import Abilities
+from loramux_adapters.base_model import BaseModel
+from loramux_adapters.errors import AdapterUnsupportedFeature, shown
+from loramux_adapters.files import AdapterFolder
+from loramux_adapters.lowered import LoweredAdapter
+from loramux_adapters.methods.hydralora import HydraLora
+from loramux_adapters.methods.lora import Lora
+from loramux_adapters.methods.moe_peft import MoePeft
+from loramux_adapters.methods.mola import Mola
+from loramux_adapters.methods.native import Native
+from loramux_adapters.native import METADATA_KEY
+
+Checkpoint = TypeVar("Checkpoint")
+
+
+class Method(Protocol[Checkpoint]):
+    """One kind of checkpoint: recognised, read whole, then lowered to the one form."""
+
+    name: str
+    abilities: Abilities
+
+    def detect(self, folder: AdapterFolder) -> bool:
+        """Whether the folder holds this kind, decided from its file names, config and headers alone."""
+
+    def read(self, folder: AdapterFolder, base: BaseModel) -> Checkpoint:
+        """Read and check everything in the folder; refuse before reading weights that cannot fit the base."""
+
+    def lower(self, checkpoint: Checkpoint, base: BaseModel) -> LoweredAdapter:
+        """The same adapter in the one form, exactly."""
+
+    def verify(self, adapter: LoweredAdapter, base: BaseModel) -> None:
+        """The checks on the result, at least those of `loramux_adapters.verify`."""
+
+
+METHODS: Sequence[Method[Any]] = (Native(), Lora(), Mola(), HydraLora(), MoePeft())
+
+
+def find_method(folder: AdapterFolder) -> Method[Any]:
+    """The method that the folder holds. Raises AdapterUnsupportedFeature when none of ours does."""
+    for method in METHODS:
+        if (folder.only is None or method.name == Native.name) and method.detect(folder):
+            return method
+    if folder.only is not None:
+        raise AdapterUnsupportedFeature(
+            f"{shown(folder.only)} has no loramux description, so it is no native adapter.",
+            hint="For any other kind of adapter give its folder, not one of its files.",
+            field=METADATA_KEY,
+        )
+    peft_type = folder.read_json("adapter_config.json").get("peft_type")
+    raise AdapterUnsupportedFeature(
+        f"adapter_config.json: peft_type is {shown(peft_type)}.",
+        hint=f"Methods served: {', '.join(method.name for method in METHODS)}.",
+        field="peft_type",
+    )

@@ -1,0 +1,83 @@
+"""HydraLoRA: one A, several B, and a softmax over them for every token (arXiv 2404.19245).
+
+    g = softmax(W_r x_t) in float32
+    y_t = W0 x_t + (α/r) · Σ_i g_i · B_i · A · x_t
+
+A [r, d_in], B_i [d_out, r], W_r [N, d_in]. Lowered with A stored once: rank row j of expert i reads row j of A.
+
+The layers are those of the authors' code (Clin0212/HydraLoRA, read at 5c08a78): `lora_A`, `lora_B{i}`, `lora_route`,
+and the config field `lora_nums`. That its files put `base_model.model.` before the module's name, as PEFT of that
+time did, could not be confirmed from its source; names without it are read too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loramux_adapters.abilities import Abilities
+from loramux_adapters.base_model import BaseModel
+from loramux_adapters.files import AdapterFolder
+from loramux_adapters.gate import Gate, Norm, Select
+from loramux_adapters.lowered import LoweredAdapter
+from loramux_adapters.methods.lora import CONFIG_FILE, WEIGHTS_FILE, peft_config
+from loramux_adapters.mixture import token_site
+from loramux_adapters.peft import checks, experts
+from loramux_adapters.peft.targets import Targets
+from loramux_adapters.peft.tensors import PREFIX
+from loramux_adapters.verify import verify
+from loramux_adapters.weights import open_weights
+
+_LAYOUT = experts.Layout(
+    a=PREFIX + "{module}.lora_A.weight",
+    b=PREFIX + "{module}.lora_B{expert}.weight",
+    router=PREFIX + "{module}.lora_route.weight",
+)
+# Beside `lora_nums`: weights of a training loss, and a switch that its forward pass does not read.
+_OWN_FIELDS = frozenset({"lora_nums", "blc_alpha", "blc_weight", "merge_weights"})
+_HINT = "Give it as it was in training."
+
+
+@dataclass(frozen=True)
+class HydraLoraCheckpoint:
+    modules: Mapping[str, experts.Mixture]
+    alpha: float
+    warnings: tuple[str, ...]
+
+
+class HydraLora:
+    """The layout of HydraLoRA's authors."""
+
+    name = "hydralora"
+    abilities = Abilities(read="one A, several B, as HydraLoRA's authors save them", router="token")
+
+    def detect(self, folder: AdapterFolder) -> bool:
+        raw = peft_config(folder)
+        return raw.get("peft_type") == "LORA" and bool(raw.get("lora_nums"))
+
+    def read(self, folder: AdapterFolder, base: BaseModel) -> HydraLoraCheckpoint:
+        raw = folder.read_json(CONFIG_FILE)
+        rank, number = experts.count(raw, "r", _HINT), experts.count(raw, "lora_nums", _HINT)
+        config = experts.parse_shared_fields(raw, _OWN_FIELDS, rank)
+        checks.check_folder(folder)
+        targets = Targets(config)
+        with open_weights(folder, WEIGHTS_FILE) as weights:
+            found = experts.group(weights.tensors, _LAYOUT, experts.with_prefix)
+            names = {module: experts.resolve(part, _LAYOUT, module, number) for module, part in found.items()}
+            pairs = {module: part.experts[0] for module, part in names.items()}
+            checks.check_modules(pairs, targets, base, config.base_model)
+            ranks = dict.fromkeys(names, rank)
+            experts.check_mixtures(names, weights, ranks, base, config.base_model)
+            modules = {module: experts.read_mixture(part, weights) for module, part in sorted(names.items())}
+        warnings = checks.collect_warnings(folder, config.base_model, targets, base)
+        return HydraLoraCheckpoint(modules, config.lora_alpha, warnings)
+
+    def lower(self, checkpoint: HydraLoraCheckpoint, base: BaseModel) -> LoweredAdapter:
+        sites, gates = {}, {}
+        for module, part in checkpoint.modules.items():
+            rank = part.a[0].shape[0]
+            scale = checks.rank_scale(module, rank, checkpoint.alpha, checkpoint.alpha / rank)
+            sites[module] = token_site(part.a, part.b, [scale] * len(part.b), gate=module)
+            gates[module] = Gate(part.router, select=Select.ALL, norm=Norm.SOFTMAX)
+        return LoweredAdapter(self.name, sites, checkpoint.warnings, gates=gates)
+
+    def verify(self, adapter: LoweredAdapter, base: BaseModel) -> None:
+        verify(adapter, base)

@@ -1,0 +1,68 @@
+"""What the data plane can run today. The form can express more: that is kept, loaded, and refused when it is served."""
+
+from collections.abc import Iterator
+
+import torch
+
+from loramux_adapters.errors import AdapterUnsupportedFeature, shown
+from loramux_adapters.gate import Gate, GateKind, GateSource, GateValue, Norm, PostMap, PreMap, Select
+from loramux_adapters.lowered import LoweredAdapter
+
+MAX_EXPERTS = 16
+_SELECTIONS = (Select.ALL, Select.TOP_K, Select.TOP_P, Select.THRESHOLD)
+_NORMS = (Norm.SOFTMAX, Norm.RENORM)
+
+
+def unserved(adapter: LoweredAdapter) -> list[str]:
+    """Every field that keeps the adapter from being served, as "field: reason"; [] if it can be."""
+    return [f"{field}: {reason}" for field, reason in _obstacles(adapter)]
+
+
+def check_servable(adapter: LoweredAdapter) -> None:
+    """Raises AdapterUnsupportedFeature naming the first field that the data plane cannot run yet."""
+    for field, reason in _obstacles(adapter):
+        raise AdapterUnsupportedFeature(
+            f"{shown(field)}: {reason}.",
+            hint="The adapter is sound, but this cannot be served yet.",
+            field=field,
+        )
+
+
+def _obstacles(adapter: LoweredAdapter) -> Iterator[tuple[str, str]]:
+    for layer in sorted(adapter.ffn):
+        yield f"ffn.{layer}", "mixtures of whole feed-forward blocks are not run yet"
+    for name, gate in sorted(adapter.gates.items()):
+        for field, reason in _gate_obstacles(gate):
+            yield f"gates.{name}.{field}", reason
+    for module, site in sorted(adapter.sites.items()):
+        for field in ("magnitude", "bias", "carry", "variance"):
+            if getattr(site, field) is not None:
+                yield f"sites.{module}.{field}", "is not run yet"
+
+
+def _gate_obstacles(gate: Gate) -> Iterator[tuple[str, str]]:
+    for field, served in (
+        ("kind", (GateKind.TOKEN,)),
+        ("source", (GateSource.SITE_INPUT,)),
+        ("pre", (PreMap.NONE,)),
+        ("post", (PostMap.NONE, PostMap.ABS)),
+        ("select", _SELECTIONS),
+        ("norm", _NORMS),
+        ("value", (GateValue.PROBABILITY, GateValue.ONE)),
+    ):
+        if (value := getattr(gate, field)) not in served:
+            yield field, f"{value} is not run yet"
+    for field, present in (
+        ("bias", gate.bias is not None),
+        ("hidden", bool(gate.hidden)),
+        ("capacity", gate.capacity is not None),
+    ):
+        if present:
+            yield field, "is not run yet"
+    if gate.scored > MAX_EXPERTS:
+        yield "weights", f"{gate.scored} experts are more than {MAX_EXPERTS}"
+    # The only map that keeps all experts is the identity.
+    if gate.expert_map is not None and not torch.equal(
+        gate.expert_map, torch.arange(gate.scored, dtype=gate.expert_map.dtype)
+    ):
+        yield "expert_map", "only the identity is run yet"

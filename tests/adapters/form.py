@@ -1,0 +1,62 @@
+"""The one form, evaluated in float64 from its equations, for tests that compare a lowered adapter with a reference."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from loramux_adapters import LoweredAdapter
+from loramux_adapters.gate import Gate, GateKind, GateSource, GateValue, Norm, PostMap, PreMap, Select
+from loramux_adapters.lowered import LoweredSite
+
+
+def gate_values(gate: Gate, x: torch.Tensor) -> torch.Tensor:
+    """g [tokens, E'] of a token gate on the site's input x [tokens, d_in]."""
+    assert (gate.kind, gate.source) == (GateKind.TOKEN, GateSource.SITE_INPUT)
+    assert (gate.pre, gate.hidden, gate.capacity) == (PreMap.NONE, (), None)
+    scores = x.double() @ gate.weights.double().T
+    if gate.bias is not None:
+        scores = scores + gate.bias.double()
+    scores = (scores.abs() if gate.post is PostMap.ABS else scores) / gate.temperature
+    probability = torch.softmax(scores, dim=1)
+    chosen = torch.ones_like(scores, dtype=torch.bool)
+    if gate.select is Select.TOP_K:
+        # A stable sort keeps equals in order, so the lowest expert comes first.
+        best = scores.sort(dim=1, descending=True, stable=True).indices[:, : gate.k]
+        chosen = torch.zeros_like(chosen).scatter(1, best, True)
+    else:
+        assert gate.select is Select.ALL
+    values = (scores if gate.norm is Norm.NONE else probability) * chosen
+    if gate.norm is Norm.RENORM:
+        values = values / (values.sum(dim=1, keepdim=True) + gate.eps)
+    if gate.value is GateValue.ONE:
+        values = chosen.double()
+    if gate.expert_map is None:
+        return values
+    return torch.zeros(len(x), gate.experts, dtype=torch.float64).index_add(1, gate.expert_map.long(), values)
+
+
+def site_delta(site: LoweredSite, gates: Any, x: torch.Tensor) -> torch.Tensor:
+    """What the site adds to W0 x: [tokens, d_out] for x [tokens, d_in]."""
+    assert site.magnitude is None and site.bias is None and site.carry is None and site.variance is None
+    shrunk = x.double() @ site.a.double().T
+    rows = torch.arange(site.rank) if site.arow is None else site.arow.long()
+    weight = site.scale.double().expand(len(x), -1)
+    if site.gate is not None:
+        expert = torch.zeros(site.rank, dtype=torch.long) if site.expert is None else site.expert.long()
+        weight = weight * gate_values(gates[site.gate], x)[:, expert]
+    return (shrunk[:, rows] * weight) @ site.b.double()
+
+
+def logits(model: torch.nn.Module, adapter: LoweredAdapter, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of the base model in float64 with the adapter's sites added to its layers."""
+    model = deepcopy(model).double()
+    for name, site in adapter.sites.items():
+
+        def add(_module: Any, args: Any, y: torch.Tensor, site: LoweredSite = site) -> torch.Tensor:
+            x = args[0]
+            return y + site_delta(site, adapter.gates, x.flatten(0, -2)).view(y.shape)
+
+        model.get_submodule(name).register_forward_hook(add)
+    with torch.no_grad():
+        return model(tokens).logits

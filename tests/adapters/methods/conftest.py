@@ -1,0 +1,84 @@
+"""Tiny random base models, and the PEFT library as the reference that our lowering is compared with."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from loramux_adapters import BaseModel, LoweredAdapter
+
+CONFIGS = {
+    "llama": LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        vocab_size=61,
+    ),
+    "gpt2": GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=61, n_positions=32),
+}
+
+
+class Reference:
+    """A base model in float32, from which PEFT makes adapters, and PEFT's and our results in float64."""
+
+    def __init__(self, kind: str) -> None:
+        torch.manual_seed(0)
+        self.model = AutoModelForCausalLM.from_config(CONFIGS[kind]).eval()
+        self.base = BaseModel.from_pretrained(CONFIGS[kind], name=f"tiny-{kind}")
+        self.tokens = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+        """Let PEFT make an adapter, give every factor random values and save it."""
+        torch.manual_seed(2)
+        adapted = get_peft_model(deepcopy(self.model), LoraConfig(**options), autocast_adapter_dtype=False)
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape).mul_(0.3).to(dtype)
+        adapted.save_pretrained(folder)
+        return folder
+
+    def peft_logits(self, folder: Path, adapter: LoweredAdapter) -> torch.Tensor:
+        """Logits of the adapter as PEFT loads it. Our scale is float32: its rounding is checked, then shared."""
+        loaded = PeftModel.from_pretrained(deepcopy(self.model), folder, autocast_adapter_dtype=False)
+        loaded.double().eval()
+        seen = set()
+        for name, module in loaded.base_model.model.named_modules():
+            if isinstance(module, LoraLayer):
+                scale = adapter.sites[name].scale.double()
+                assert scale.tolist() == [float(torch.tensor(module.scaling["default"]))] * len(scale)
+                module.scaling["default"] = scale[0].item()
+                seen.add(name)
+        assert seen == set(adapter.sites)
+        with torch.no_grad():
+            return loaded(self.tokens).logits
+
+    def lowered_logits(self, adapter: LoweredAdapter) -> torch.Tensor:
+        """Logits of the base model with y_t += Σ_j scale[j]·(a[j]·x_t)·b[j] added at each site."""
+        model = deepcopy(self.model).double()
+        for name, site in adapter.sites.items():
+            a, b, scale = site.a.double(), site.b.double(), site.scale.double()
+
+            def add(_module: Any, args: Any, y: torch.Tensor, a=a, b=b, scale=scale) -> torch.Tensor:
+                return y + ((args[0] @ a.T) * scale) @ b
+
+            model.get_submodule(name).register_forward_hook(add)
+        with torch.no_grad():
+            return model(self.tokens).logits
+
+    def base_logits(self) -> torch.Tensor:
+        with torch.no_grad():
+            return deepcopy(self.model).double()(self.tokens).logits
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[[str], Reference]:
+    return cache(Reference)

@@ -1,0 +1,150 @@
+"""HydraLoRA's own layout: what is lowered equals the formula with A stored once, and the rest is refused by name.
+
+The names are those of the `Linear` layer in Clin0212/HydraLoRA at 5c08a78, `HydraLoRA/peft/tuners/lora.py`; the prefix
+`base_model.model.` is PEFT's.
+"""
+
+import pytest
+import torch
+
+from loramux_adapters import AdapterError, lower
+from loramux_adapters.artefact import digest_of
+from loramux_adapters.files import AdapterFolder
+from loramux_adapters.methods import METHODS
+
+from ..checkpoints import BASE, write_adapter
+from ..form import site_delta
+from ..mixture_reference import mixture_delta
+
+MODULES = [module for module in BASE.linears if module.endswith(("up_proj", "down_proj"))]
+RANK, NUMBER, ALPHA = 4, 3, 32
+SITE = "base_model.model.model.layers.0.mlp.up_proj"
+ROUTER = f"{SITE}.lora_route.weight"
+
+
+def make_config(**changes):
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "somebody/tiny",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": RANK,
+        "target_modules": ["up_proj", "down_proj"],
+        "lora_alpha": ALPHA,
+        "lora_nums": NUMBER,
+        "blc_alpha": 0.0,
+        "blc_weight": 0.0,
+        "lora_dropout": 0.05,
+        "merge_weights": False,
+        "fan_in_fan_out": False,
+        "enable_lora": None,
+        "bias": "none",
+        "modules_to_save": None,
+    } | changes
+
+
+def make_tensors(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for module in MODULES:
+        d_in, d_out = BASE.linears[module]
+        shapes = {"lora_A": (RANK, d_in), "lora_route": (NUMBER, d_in)}
+        shapes |= {f"lora_B{i}": (d_out, RANK) for i in range(NUMBER)}
+        for name, shape in shapes.items():
+            tensors[f"base_model.model.{module}.{name}.weight"] = torch.randn(shape, generator=generator).to(dtype)
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_site_computes_the_formula(tmp_path, dtype):
+    tensors = make_tensors(dtype)
+    adapter = lower(write_adapter(tmp_path, make_config(), tensors), BASE)
+    assert adapter.method == "hydralora" and set(adapter.sites) == set(MODULES)
+    for module, site in adapter.sites.items():
+        place, (d_in, d_out) = f"base_model.model.{module}", BASE.linears[module]
+        x = torch.randn(20, d_in, generator=torch.Generator().manual_seed(1))
+        expected = mixture_delta(
+            x,
+            tensors[f"{place}.lora_route.weight"],
+            [tensors[f"{place}.lora_A.weight"]] * NUMBER,
+            [tensors[f"{place}.lora_B{i}.weight"] for i in range(NUMBER)],
+            [ALPHA / RANK] * NUMBER,
+        )
+        assert site.a.shape == (RANK, d_in) and site.b.shape == (NUMBER * RANK, d_out)
+        assert (site_delta(site, adapter.gates, x) - expected).abs().max() < 1e-9 * expected.abs().max()
+
+
+def test_exactly_one_method_claims_the_folder(tmp_path):
+    folder = AdapterFolder(write_adapter(tmp_path, make_config(), make_tensors()))
+    assert [method.name for method in METHODS if method.detect(folder)] == ["hydralora"]
+
+
+def test_the_prefix_may_be_missing(tmp_path):
+    tensors = make_tensors()
+    bare = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    digests = {
+        digest_of(lower(write_adapter(tmp_path / name, make_config(), content), BASE))
+        for name, content in (("full", tensors), ("bare", bare))
+    }
+    assert len(digests) == 1
+
+
+def test_one_head_is_served(tmp_path):
+    tensors = {
+        name: tensor for name, tensor in make_tensors().items() if "lora_B1" not in name and "lora_B2" not in name
+    }
+    tensors |= {name: tensor[:1].clone() for name, tensor in tensors.items() if "lora_route" in name}
+    adapter = lower(write_adapter(tmp_path, make_config(lora_nums=1), tensors), BASE)
+    module = MODULES[0]
+    x = torch.randn(5, BASE.linears[module][0])
+    place = f"base_model.model.{module}"
+    plain = (
+        ALPHA
+        / RANK
+        * x.double()
+        @ (tensors[f"{place}.lora_B0.weight"].double() @ tensors[f"{place}.lora_A.weight"].double()).T
+    )
+    torch.testing.assert_close(site_delta(adapter.sites[module], adapter.gates, x), plain)
+
+
+def without(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, *shape):
+    return lambda tensors: tensors.update({name: torch.ones(shape)})
+
+
+@pytest.mark.parametrize(
+    ("config", "spoil", "code", "field"),
+    [
+        ({}, without(ROUTER), "adapter_missing_tensor", ROUTER),
+        ({}, without(f"{SITE}.lora_A.weight"), "adapter_missing_tensor", f"{SITE}.lora_A.weight"),
+        ({}, without(f"{SITE}.lora_B1.weight"), "adapter_missing_tensor", f"{SITE}.lora_B1.weight"),
+        ({"lora_nums": 4}, None, "adapter_missing_tensor", None),
+        ({"lora_nums": 2}, None, "adapter_unknown_tensor", None),
+        ({"lora_nums": "3"}, None, "adapter_config_invalid", "lora_nums"),
+        ({"r": 8}, None, "adapter_shape_mismatch", None),
+        ({"r": None}, None, "adapter_config_invalid", "r"),
+        ({}, put(ROUTER, NUMBER, 40), "adapter_shape_mismatch", ROUTER),
+        ({}, put(ROUTER, NUMBER + 1, 24), "adapter_shape_mismatch", ROUTER),
+        ({}, put(f"{SITE}.lora_A0.weight", RANK, 24), "adapter_unknown_tensor", f"{SITE}.lora_A0.weight"),
+        ({}, put(f"{SITE}.lora_B00.weight", 40, RANK), "adapter_unknown_tensor", f"{SITE}.lora_B00.weight"),
+        ({}, put(f"{SITE}.lora_B.weight", 40, RANK), "adapter_unknown_tensor", f"{SITE}.lora_B.weight"),
+        ({}, put(f"{SITE}.lora_B2.weight", 40, RANK + 1), "adapter_shape_mismatch", f"{SITE}.lora_B2.weight"),
+        ({"enable_lora": [True, False]}, None, "adapter_unsupported_feature", "enable_lora"),
+        ({"use_rslora": True}, None, "adapter_unsupported_feature", "use_rslora"),
+        ({"bias": "lora_only"}, None, "adapter_unsupported_feature", "bias"),
+        ({"modules_to_save": ["lm_head"]}, None, "adapter_unsupported_feature", "modules_to_save"),
+        ({"top_k": 2}, None, "adapter_unsupported_feature", "top_k"),
+    ],
+)
+def test_wrong_variants_are_refused(tmp_path, config, spoil, code, field):
+    tensors = make_tensors()
+    if spoil is not None:
+        spoil(tensors)
+    write_adapter(tmp_path, make_config(**config), tensors)
+    with pytest.raises(AdapterError) as refusal:
+        lower(tmp_path, BASE)
+    assert refusal.value.code == code
+    assert field is None or refusal.value.field == field

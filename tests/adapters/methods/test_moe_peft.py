@@ -1,0 +1,183 @@
+"""MoE-PEFT's layouts: MOLA and LORAMOE equal the formula, MIXLORA and what cannot be applied are refused by name.
+
+The names are those that `get_lora_layer_weight` in TUDB-Labs/MoE-PEFT's `moe_peft/model.py` writes; the config is what
+`export` in `moe_peft/adapters/{mola,loramoe}/config.py` and `save_adapter_weight` in `moe_peft/trainer.py` write.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+
+from loramux_adapters import AdapterError, lower
+from loramux_adapters.artefact import digest_of
+from loramux_adapters.files import AdapterFolder
+from loramux_adapters.gate import Select
+from loramux_adapters.methods import METHODS
+
+from ..checkpoints import BASE, write_adapter
+from ..form import site_delta
+from ..mixture_reference import mixture_delta
+
+TARGETS = ("q_proj", "down_proj")
+MODULES = [module for module in BASE.linears if module.endswith(TARGETS)]
+RANK, NUMBER, TOP_K, ALPHA = 4, 5, 2, 12
+
+
+def make_config(kind="MOLA", **changes):
+    config = {
+        "bias": "none",
+        "peft_type": kind,
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.05,
+        "target_modules": list(TARGETS),
+        "routing_strategy": kind.lower(),
+        "num_experts": NUMBER,
+        "base_model_name_or_path": "somebody/tiny",
+        "task_type": "CAUSAL_LM",
+    }
+    return config | ({"top_k": TOP_K} if kind == "MOLA" else {}) | changes
+
+
+def place(module, kind="MOLA"):
+    return f"{kind.lower()}.{module.removeprefix('model.')}"
+
+
+def make_tensors(kind="MOLA", dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for module in MODULES:
+        d_in, d_out = BASE.linears[module]
+        shapes = {"lora_A": (RANK, d_in), "lora_B": (d_out, RANK)}
+        if kind == "MOLA" or ".mlp." in module:
+            shapes = {f"experts.{e}.{name}": shape for e in range(NUMBER) for name, shape in shapes.items()}
+            shapes["moe_gate"] = (NUMBER, d_in)
+        for name, shape in shapes.items():
+            tensors[f"{place(module, kind)}.{name}.weight"] = torch.randn(shape, generator=generator).to(dtype)
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["MOLA", "LORAMOE"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_every_site_computes_the_formula(tmp_path, kind, rslora):
+    tensors = make_tensors(kind)
+    adapter = lower(write_adapter(tmp_path, make_config(kind, **{"use_rslora": True} if rslora else {}), tensors), BASE)
+    assert set(adapter.sites) == set(MODULES)
+    scale = float(torch.tensor(ALPHA / (math.sqrt(RANK) if rslora else RANK)))
+    for module, site in adapter.sites.items():
+        at = place(module, kind)
+        x = torch.randn(20, BASE.linears[module][0], generator=torch.Generator().manual_seed(1))
+        if kind == "LORAMOE" and ".self_attn." in module:
+            assert site.gate is None
+            a, b = (tensors[f"{at}.lora_{factor}.weight"].double() for factor in "AB")
+            expected = scale * x.double() @ (b @ a).T
+        else:
+            expected = mixture_delta(
+                x,
+                tensors[f"{at}.moe_gate.weight"],
+                [tensors[f"{at}.experts.{e}.lora_A.weight"] for e in range(NUMBER)],
+                [tensors[f"{at}.experts.{e}.lora_B.weight"] for e in range(NUMBER)],
+                [scale] * NUMBER,
+                TOP_K if kind == "MOLA" else None,
+            )
+            assert adapter.gates[site.gate].select is (Select.TOP_K if kind == "MOLA" else Select.ALL)
+        assert (site_delta(site, adapter.gates, x) - expected).abs().max() < 1e-9 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["MOLA", "LORAMOE", "MIXLORA"])
+def test_exactly_one_method_claims_the_folder(tmp_path, kind):
+    folder = AdapterFolder(write_adapter(tmp_path, make_config(kind), make_tensors()))
+    assert [method.name for method in METHODS if method.detect(folder)] == ["moe_peft"]
+
+
+def test_a_training_config_means_the_same(tmp_path):
+    """Targets as a map, and the fields that only training reads."""
+    saved = digest_of(lower(write_adapter(tmp_path / "saved", make_config(), make_tensors()), BASE))
+    targets = {"q_proj": True, "k_proj": False, "down_proj": True}
+    extra = {
+        "name": "x",
+        "task_name": "casual",
+        "router_init_range": 5.0,
+        "router_aux_loss_coef": 0.001,
+        "router_loss": True,
+    }
+    config = make_config(target_modules=targets, lora_init="gaussian", **extra)
+    assert digest_of(lower(write_adapter(tmp_path / "training", config, make_tensors()), BASE)) == saved
+
+
+def without(*names):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def put(name, *shape):
+    return lambda tensors: tensors.update({name: torch.ones(shape)})
+
+
+SITE = "mola.layers.1.self_attn.q_proj"
+MLP = "loramoe.layers.0.mlp.down_proj"
+ATTENTION = "loramoe.layers.0.self_attn.q_proj"
+GATE, ATTENTION_A = f"{SITE}.moe_gate.weight", f"{ATTENTION}.lora_A.weight"
+EXPERT_3, EXPERT_5 = f"{SITE}.experts.3.lora_B.weight", f"{SITE}.experts.5.lora_B.weight"
+ATTENTION_GATE = f"{ATTENTION}.moe_gate.weight"
+BIAS, MIXLORA = f"{SITE}.experts.0.lora_A.bias", "mixlora.layers.0.mlp.moe_gate.weight"
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "spoil", "code", "field"),
+    [
+        ("MIXLORA", {"top_k": 2}, None, "adapter_unsupported_feature", "peft_type"),
+        ("MOLA", {}, put(MIXLORA, 5, 24), "adapter_unsupported_feature", MIXLORA),
+        ("MOLA", {}, without(GATE), "adapter_missing_tensor", GATE),
+        ("MOLA", {}, without(EXPERT_3), "adapter_missing_tensor", EXPERT_3),
+        ("MOLA", {}, put(EXPERT_5, 24, 4), "adapter_unknown_tensor", EXPERT_5),
+        ("MOLA", {}, put(GATE, NUMBER, 23), "adapter_shape_mismatch", GATE),
+        ("MOLA", {}, put(GATE, NUMBER - 1, 24), "adapter_shape_mismatch", GATE),
+        ("MOLA", {}, put(f"{SITE}.lora_A.weight", RANK, 24), "adapter_unknown_tensor", f"{SITE}.lora_A.weight"),
+        ("MOLA", {}, put(BIAS, RANK), "adapter_unsupported_feature", BIAS),
+        ("MOLA", {}, put("classifier", 2, 24), "adapter_unsupported_feature", "classifier"),
+        ("MOLA", {"r": 8}, None, "adapter_shape_mismatch", None),
+        ("MOLA", {"r": [4, 4]}, None, "adapter_config_invalid", "r"),
+        ("MOLA", {"num_experts": 6}, None, "adapter_missing_tensor", None),
+        ("MOLA", {"num_experts": 10**15}, None, "adapter_missing_tensor", None),
+        ("MOLA", {"num_experts": None}, None, "adapter_config_invalid", "num_experts"),
+        ("MOLA", {"top_k": None}, None, "adapter_config_invalid", "top_k"),
+        ("MOLA", {"top_k": 6}, None, "adapter_config_invalid", "top_k"),
+        ("MOLA", {"routing_strategy": "mixlora"}, None, "adapter_unsupported_feature", "routing_strategy"),
+        ("MOLA", {"use_dora": True}, None, "adapter_unsupported_feature", "use_dora"),
+        ("MOLA", {"alpha_pattern": {"q_proj": 1}}, None, "adapter_unsupported_feature", "alpha_pattern"),
+        ("MOLA", {"target_modules": ["q_proj"]}, None, "adapter_unknown_tensor", None),
+        ("LORAMOE", {"top_k": 2}, None, "adapter_unsupported_feature", "top_k"),
+        ("LORAMOE", {}, without(f"{MLP}.moe_gate.weight"), "adapter_missing_tensor", f"{MLP}.moe_gate.weight"),
+        ("LORAMOE", {}, without(f"{ATTENTION}.lora_B.weight"), "adapter_missing_tensor", f"{ATTENTION}.lora_B.weight"),
+        ("LORAMOE", {}, put(ATTENTION_A, 5, 24), "adapter_shape_mismatch", ATTENTION_A),
+        ("LORAMOE", {}, put(f"{MLP}.lora_A.weight", 4, 40), "adapter_unknown_tensor", f"{MLP}.lora_A.weight"),
+        ("LORAMOE", {}, put(ATTENTION_GATE, 5, 24), "adapter_unsupported_feature", ATTENTION_GATE),
+        ("LORAMOE", {}, put(f"{ATTENTION}.experts.0.lora_A.weight", 4, 24), "adapter_missing_tensor", None),
+    ],
+)  # fmt: skip
+def test_wrong_variants_are_refused(tmp_path, kind, config, spoil, code, field):
+    tensors = make_tensors(kind)
+    if spoil is not None:
+        spoil(tensors)
+    write_adapter(tmp_path, make_config(kind, **config), tensors)
+    with pytest.raises(AdapterError) as refusal:
+        lower(tmp_path, BASE)
+    assert refusal.value.code == code
+    assert field is None or refusal.value.field == field
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    with pytest.raises(AdapterError) as refusal:
+        lower(write_adapter(tmp_path, make_config(), {}), BASE)
+    assert refusal.value.code == "adapter_missing_tensor"
+
+
+def test_the_pickle_it_saves_is_refused_with_the_command(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(make_config()))
+    torch.save(make_tensors(), tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterError) as refusal:
+        lower(tmp_path, BASE)
+    assert (refusal.value.code, refusal.value.field) == ("adapter_unsafe_file", "adapter_model.bin")
+    assert "save_file" in refusal.value.hint

@@ -1,0 +1,183 @@
+"""MoLA's own layout: what is lowered equals the formula, and what cannot be applied is refused by name.
+
+The names are those of GCYZSL/MoLA at 4c7324d: `router.router` and `lora_A.default_{e}` in `src/mola_lora_hacked.py`.
+When it saves, `get_peft_model_state_dict_moe` in `src/mola_peft_model_hacked.py` takes `.default` out of them.
+"""
+
+import json
+
+import pytest
+import torch
+
+from loramux_adapters import AdapterError, lower
+from loramux_adapters.artefact import digest_of
+from loramux_adapters.files import AdapterFolder
+from loramux_adapters.methods import METHODS
+
+from ..checkpoints import BASE, write_adapter
+from ..form import site_delta
+from ..mixture_reference import mixture_delta
+
+MODULES = [module for module in BASE.linears if module.endswith(("q_proj", "down_proj"))]
+RANKS, EXPERTS, TOP_K, ALPHA = [4, 3], [2, 5], [2, 3], 12
+ROUTER = "base_model.model.model.layers.1.self_attn.q_proj.router.router.weight"
+
+
+def make_config(**changes):
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "somebody/tiny",
+        "r": RANKS,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.05,
+        "target_modules": ["q_proj", "down_proj"],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "modules_to_save": None,
+        "revision": None,
+        "task_type": "CAUSAL_LM",
+        "top_k": TOP_K,
+    }
+    return {key: value for key, value in (config | changes).items() if value is not ...}
+
+
+def make_tensors(expert="lora_{factor}_{e}", dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for module in MODULES:
+        (d_in, d_out), layer = BASE.linears[module], int(module.split(".")[2])
+        place = f"base_model.model.{module}"
+        tensors[f"{place}.router.router.weight"] = torch.randn(EXPERTS[layer], d_in, generator=generator).to(dtype)
+        for e in range(EXPERTS[layer]):
+            for factor, shape in (("A", (RANKS[layer], d_in)), ("B", (d_out, RANKS[layer]))):
+                name = f"{place}.{expert.format(factor=factor, e=e)}.weight"
+                tensors[name] = torch.randn(shape, generator=generator).to(dtype)
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_site_computes_the_formula(tmp_path, dtype):
+    tensors = make_tensors(dtype=dtype)
+    adapter = lower(write_adapter(tmp_path, make_config(), tensors), BASE)
+    assert adapter.method == "mola" and set(adapter.sites) == set(MODULES)
+    for module, site in adapter.sites.items():
+        layer = int(module.split(".")[2])
+        count, place = EXPERTS[layer], f"base_model.model.{module}"
+        x = torch.randn(20, BASE.linears[module][0], generator=torch.Generator().manual_seed(1))
+        expected = mixture_delta(
+            x,
+            tensors[f"{place}.router.router.weight"],
+            [tensors[f"{place}.lora_A_{e}.weight"] for e in range(count)],
+            [tensors[f"{place}.lora_B_{e}.weight"] for e in range(count)],
+            [ALPHA / RANKS[layer]] * count,
+            TOP_K[layer],
+        )
+        assert site.rank == count * RANKS[layer] and adapter.gates[site.gate].experts == count
+        assert site.a.dtype == site.b.dtype == adapter.gates[site.gate].weights.dtype == dtype
+        assert (site_delta(site, adapter.gates, x) - expected).abs().max() < 1e-9 * expected.abs().max()
+        # A dense gate, or another k, is another function.
+        assert (site_delta(site, {site.gate: one_expert(adapter.gates[site.gate])}, x) - expected).abs().max() > 0.1
+
+
+def one_expert(gate):
+    return type(gate)(gate.weights, select=gate.select, k=1, norm=gate.norm)
+
+
+def test_exactly_one_method_claims_the_folder(tmp_path):
+    folder = AdapterFolder(write_adapter(tmp_path, make_config(), make_tensors()))
+    assert [method.name for method in METHODS if method.detect(folder)] == ["mola"]
+
+
+def test_all_spellings_mean_the_same(tmp_path):
+    plain = digest_of(lower(write_adapter(tmp_path / "saved", make_config(), make_tensors()), BASE))
+    raw = make_tensors(expert="lora_{factor}.default_{e}")
+    bare = {name.removeprefix("base_model.model."): tensor for name, tensor in raw.items()}
+    listed = make_config(number_experts=EXPERTS, r=RANKS + [9] * 30, top_k=TOP_K + [2] * 30)
+    for name, config, tensors in (("raw", make_config(), raw), ("bare", make_config(), bare), ("list", listed, raw)):
+        assert digest_of(lower(write_adapter(tmp_path / name, config, tensors), BASE)) == plain
+
+
+def test_one_number_for_all_layers(tmp_path):
+    tensors = {name: tensor for name, tensor in make_tensors().items() if "layers.0." in name}
+    config = make_config(r=4, top_k=1, number_experts=2, target_modules=r".*layers\.0\..*(q|down)_proj")
+    adapter = lower(write_adapter(tmp_path, config, tensors), BASE)
+    assert {gate.k for gate in adapter.gates.values()} == {1} and set(adapter.ranks.values()) == {8}
+
+
+def drop(*names):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def put(name, *shape, dtype=torch.float32):
+    return lambda tensors: tensors.update({name: torch.ones(shape, dtype=dtype)})
+
+
+SITE = ROUTER.removesuffix(".router.router.weight")
+A2 = f"{SITE}.lora_A_2.weight"
+LAST_DOWN = "base_model.model.model.layers.1.mlp.down_proj.lora_B_4.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "spoil", "code", "field"),
+    [
+        ({}, drop(ROUTER), "adapter_missing_tensor", ROUTER),
+        ({}, drop(f"{SITE}.lora_A_4.weight"), "adapter_missing_tensor", f"{SITE}.lora_A_4.weight"),
+        ({}, drop(f"{SITE}.lora_B_0.weight"), "adapter_missing_tensor", f"{SITE}.lora_B_0.weight"),
+        ({}, drop(A2, f"{SITE}.lora_B_2.weight"), "adapter_missing_tensor", A2),
+        ({}, put(ROUTER, 5, 23), "adapter_shape_mismatch", ROUTER),
+        ({}, put(ROUTER, 5), "adapter_shape_mismatch", ROUTER),
+        ({}, put(ROUTER, 0, 24), "adapter_shape_mismatch", ROUTER),
+        ({}, put(ROUTER, 4, 24), "adapter_unknown_tensor", f"{SITE}.lora_B_4.weight"),
+        ({}, put(ROUTER, 6, 24), "adapter_missing_tensor", f"{SITE}.lora_A_5.weight"),
+        ({"number_experts": [2, 4]}, None, "adapter_unknown_tensor", LAST_DOWN),
+        ({"number_experts": 10**12}, None, "adapter_missing_tensor", None),
+        ({"number_experts": 0}, None, "adapter_config_invalid", "number_experts"),
+        ({"r": [4, 4]}, None, "adapter_shape_mismatch", None),
+        ({"r": [4]}, None, "adapter_config_invalid", "r"),
+        ({"r": [4, "3"]}, None, "adapter_config_invalid", "r"),
+        ({"top_k": ...}, None, "adapter_config_invalid", "top_k"),
+        ({"top_k": 3}, None, "adapter_config_invalid", "top_k"),
+        ({"top_k": [2, 0]}, None, "adapter_config_invalid", "top_k"),
+        ({"top_k": True}, None, "adapter_config_invalid", "top_k"),
+        ({"use_rslora": True}, None, "adapter_unsupported_feature", "use_rslora"),
+        ({"rank_pattern": {"q_proj": 3}}, None, "adapter_unsupported_feature", "rank_pattern"),
+        ({"expert_dropout": 0.1}, None, "adapter_unsupported_feature", "expert_dropout"),
+        ({"bias": "all"}, None, "adapter_unsupported_feature", "bias"),
+        ({"target_modules": ["q_proj"]}, None, "adapter_unknown_tensor", None),
+        ({"target_modules": ["q_proj", "k_proj", "down_proj"]}, None, "adapter_missing_tensor", None),
+        ({}, put(f"{SITE}.lora_C_0.weight", 1), "adapter_unknown_tensor", f"{SITE}.lora_C_0.weight"),
+        ({}, put(f"{SITE}.lora_A.default_0.weight", 3, 24), "adapter_unknown_tensor", f"{SITE}.lora_A_0.weight"),
+        ({}, put(f"{SITE}.lora_A.other_0.weight", 3, 24), "adapter_unknown_tensor", f"{SITE}.lora_A.other_0.weight"),
+        ({}, put(ROUTER, 5, 24, dtype=torch.float64), "adapter_unsupported_feature", ROUTER),
+        ({"lora_alpha": 1e-60}, None, "adapter_config_invalid", "lora_alpha"),
+    ],
+)  # fmt: skip
+def test_wrong_variants_are_refused(tmp_path, config, spoil, code, field):
+    tensors = make_tensors()
+    if spoil is not None:
+        spoil(tensors)
+    write_adapter(tmp_path, make_config(**config), tensors)
+    with pytest.raises(AdapterError) as refusal:
+        lower(tmp_path, BASE)
+    assert refusal.value.code == code
+    assert field is None or refusal.value.field == field
+
+
+def test_another_base_is_recognised(tmp_path):
+    tensors = {name.replace("layers", "blocks"): tensor for name, tensor in make_tensors().items()}
+    with pytest.raises(AdapterError) as refusal:
+        lower(write_adapter(tmp_path, make_config(), tensors), BASE)
+    assert refusal.value.code == "adapter_wrong_base"
+
+
+def test_the_pickle_it_saves_is_refused_with_the_command(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(make_config()))
+    torch.save(make_tensors(), tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterError) as refusal:
+        lower(tmp_path, BASE)
+    assert (refusal.value.code, refusal.value.field) == ("adapter_unsafe_file", "adapter_model.bin")
+    assert "save_file" in refusal.value.hint

@@ -1,0 +1,109 @@
+"""What the data plane is said to run, and that everything else is named."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from loramux_adapters import (
+    AdapterUnsupportedFeature,
+    Carry,
+    FfnMixture,
+    LoweredAdapter,
+    Variance,
+    check_servable,
+    unserved,
+)
+from loramux_adapters.gate import (
+    Capacity,
+    GateKind,
+    GateSource,
+    GateValue,
+    Norm,
+    Pooling,
+    PostMap,
+    PreMap,
+    Select,
+)
+from loramux_adapters.lowered import CarryKind
+from loramux_adapters.variance import VarianceKind
+
+from .natives import DOWN, UP, Q, adapters, make_gate, make_mixture, make_site
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        make_gate(),
+        make_gate(16),
+        make_gate(select=Select.TOP_K, k=2, post=PostMap.ABS, temperature=0.5),
+        make_gate(select=Select.TOP_P, p=0.5, norm=Norm.SOFTMAX),
+        make_gate(select=Select.THRESHOLD, threshold=0.5, value=GateValue.ONE),
+        make_gate(eps=1e-6),
+        make_gate(expert_map=torch.arange(2, dtype=torch.int32)),
+    ],
+)
+def test_served(gate: Any) -> None:
+    adapter = make_mixture()
+    adapter = replace(adapter, gates={**adapter.gates, "q": gate})
+    assert unserved(adapter) == []
+    check_servable(adapter)
+
+
+@pytest.mark.parametrize(
+    ("gate", "field"),
+    [
+        (make_gate(17), "weights"),
+        (make_gate(kind=GateKind.PROMPT, source=GateSource.LAYER_INPUT, pool=Pooling.MEAN), "kind"),
+        (make_gate(source=GateSource.FFN_INPUT), "source"),
+        (make_gate(pre=PreMap.LAYER_NORM), "pre"),
+        (make_gate(select=Select.ADAPTIVE), "select"),
+        (make_gate(norm=Norm.NONE), "norm"),
+        (make_gate(bias=torch.ones(2)), "bias"),
+        (make_gate(hidden=((torch.ones(24, 24), torch.ones(24)),)), "hidden"),
+        (make_gate(capacity=Capacity(4)), "capacity"),
+        (make_gate(expert_map=torch.zeros(2, dtype=torch.int32)), "expert_map"),
+    ],
+)
+def test_unserved_gates(gate: Any, field: str) -> None:
+    adapter = make_mixture()
+    adapter = replace(adapter, gates={**adapter.gates, "q": gate})
+    assert unserved(adapter)[0].startswith(f"gates.q.{field}: ")
+    with pytest.raises(AdapterUnsupportedFeature) as refusal:
+        check_servable(adapter)
+    assert refusal.value.field == f"gates.q.{field}"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"magnitude": torch.ones(24)},
+        {"bias": torch.ones(24)},
+        {"carry": Carry(UP, CarryKind.AHEAD_ROWS)},
+        {"variance": Variance(VarianceKind.DROPOUT, rate=0.1)},
+    ],
+)
+def test_unserved_sites(changes: dict[str, Any]) -> None:
+    (name,) = changes
+    adapter = LoweredAdapter("x", {Q: make_site(**changes), UP: make_site(UP)})
+    assert [obstacle.partition(": ")[0] for obstacle in unserved(adapter)] == [f"sites.{Q}.{name}"]
+
+
+def test_unserved_blocks() -> None:
+    adapter = replace(make_mixture(), ffn={"mlp": FfnMixture("q", UP, DOWN)})
+    assert [obstacle.partition(": ")[0] for obstacle in unserved(adapter)] == ["ffn.mlp"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(adapters())
+def test_what_is_refused_is_what_is_listed(adapter: LoweredAdapter) -> None:
+    listed = unserved(adapter)
+    if not listed:
+        check_servable(adapter)
+        assert not adapter.bayesian and not adapter.ffn
+        return
+    with pytest.raises(AdapterUnsupportedFeature) as refusal:
+        check_servable(adapter)
+    assert listed[0].startswith(f"{refusal.value.field}: ")
