@@ -1,0 +1,102 @@
+"""What `loramux adapters check` and `show` say about one adapter, as data and as lines."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from loramux.units import format_bytes
+from loramux_adapters import AdapterError, LoweredAdapter, unserved
+from loramux_adapters.native import describe, digest_of
+
+
+def report(adapter: LoweredAdapter, *, made_for: str | None, checked_on: str | None) -> dict[str, Any]:
+    """Everything `--json` prints. `made_for`: the base that a native file names; `checked_on`: the one at hand."""
+    obstacles = unserved(adapter)
+    return {
+        "method": adapter.method,
+        "digest": digest_of(adapter),
+        "base": {"made_for": made_for, "checked_on": checked_on},
+        "sites": len(adapter.sites),
+        "experts": adapter.experts,
+        "ranks": adapter.ranks,
+        "bytes": adapter.nbytes(),
+        "dtype": adapter.dtype,
+        "gates": describe(adapter)["gates"],
+        "experts_by_gate": {name: gate.experts for name, gate in adapter.gates.items()},
+        "bayesian": adapter.bayesian,
+        "servable": not obstacles,
+        "unserved": obstacles,
+        "warnings": list(adapter.warnings),
+    }
+
+
+def refusal(error: AdapterError) -> dict[str, Any]:
+    return {"error": {"code": error.code, "field": error.field, "message": error.message, "hint": error.hint}}
+
+
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """The report for a person."""
+    base = found["base"]
+    rows = [
+        ("method", found["method"]),
+        ("base", f"fits {base['checked_on']}" if base["checked_on"] else f"{base['made_for']} (not checked)"),
+        ("sites", str(found["sites"])),
+        ("experts", _span(found["experts_by_gate"].values()) if found["gates"] else "1"),
+        ("ranks", ", ".join(_ranks(found["ranks"]))),
+        ("size", f"{format_bytes(found['bytes'])}, {found['dtype']}"),
+        *(("gates", gate) for gate in _gates(found["gates"], found["experts_by_gate"])),
+        ("posterior", "yes" if found["bayesian"] else "no"),
+        ("digest", found["digest"][:16]),
+        ("servable", "yes" if found["servable"] else f"no: {found['unserved'][0]}"),
+        *(("", f"    {obstacle}") for obstacle in found["unserved"][1:4]),
+        *(("warning", warning) for warning in found["warnings"]),
+    ]
+    if (more := len(found["unserved"]) - 4) > 0:
+        rows.append(("", f"    and {more} more"))
+    for name, value in rows:
+        yield f"{name:<10}{value}"
+
+
+def refusal_lines(error: AdapterError) -> Iterator[str]:
+    yield f"refused   {error.code}" + (f" ({error.field})" if error.field else "")
+    yield f"          {error.message}"
+    yield f"          {error.hint}"
+
+
+def _ranks(ranks: Mapping[str, int]) -> Iterator[str]:
+    """ "8", or "2..8" and then each run of layers with the same ranks: "layers 0-3: 2", "layers 4-7: 4..8"."""
+    yield _span(ranks.values())
+    if len(set(ranks.values())) == 1:
+        return
+    layers: dict[int, list[int]] = {}
+    for module, rank in ranks.items():
+        if (match := re.search(r"\.(\d+)\.", module)) is not None:
+            layers.setdefault(int(match[1]), []).append(rank)
+    spans = [(layer, _span(layers[layer])) for layer in sorted(layers)]
+    for span, run in itertools.groupby(spans, key=lambda entry: entry[1]):
+        numbers = [layer for layer, _ in run]
+        yield f"layers {_span(numbers, '-')}: {span}" if len(numbers) > 1 else f"layer {numbers[0]}: {span}"
+
+
+def _gates(gates: Mapping[str, Mapping[str, Any]], experts: Mapping[str, int]) -> Iterator[str]:
+    """One line for each different gate, with how many there are."""
+    kinds = Counter(_gate(gate, experts[name]) for name, gate in gates.items())
+    for kind, count in kinds.items():
+        yield f"{count} × {kind}"
+
+
+def _gate(gate: Mapping[str, Any], experts: int) -> str:
+    select = str(gate.get("select", "all"))
+    argument = next((gate[name] for name in ("k", "p", "threshold", "tau_max") if name in gate), None)
+    chosen = select if argument is None else f"{select} {argument}"
+    rest = [f"{name} {gate[name]}" for name in ("source", "pre", "post", "norm", "value") if name in gate]
+    return ", ".join([f"{gate.get('kind', 'token')}, {chosen} of {experts} experts", *rest])
+
+
+def _span(values: Any, between: str = "..") -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}{between}{high}"

@@ -1,0 +1,37 @@
+"""The base model of a command: its layers, or an error that says what to do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from loramux.bases import prepare_base
+from loramux.errors import ConfigError
+from loramux_adapters import BaseModel
+
+
+def load_base(name: str) -> BaseModel:
+    """The layers of a base model, by folder or name. Raises ConfigError when there is no such model here."""
+
+    def report(line: str) -> None:
+        sys.stderr.write(f"{line}\n")
+
+    return read_layers(prepare_base(name, progress=report), Path(name).name if Path(name).is_dir() else name)
+
+
+def read_layers(place: str | Path, name: str) -> BaseModel:
+    """The layers of the model at `place`, a folder or a hub id. Raises ConfigError.
+
+    Of a hub id only the config is fetched (or found in the Hugging Face cache), which vLLM does next anyway.
+    """
+    from transformers import AutoConfig
+
+    try:
+        if Path(place).is_dir():
+            return BaseModel.from_pretrained(place, name=name)
+        config = AutoConfig.from_pretrained(str(place), trust_remote_code=False)
+        return BaseModel.from_pretrained(config, name=name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The base model {name} cannot be read: {error}.", hint="Give its folder, or its name on the hub."
+        ) from error

@@ -1,0 +1,34 @@
+"""`loramux prepare [BASE]`: fetch and convert a base model ahead of time, and tell where it is."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from loramux.bases import ARCHIVES, DEFAULT_BASE, BaseModelError, prepare_base
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the folder (or hub id) to standard output, progress to standard error; 1 if there is none."""
+    parser = argparse.ArgumentParser(prog="loramux prepare", description=__doc__)
+    parser.add_argument(
+        "base",
+        nargs="?",
+        default=DEFAULT_BASE,
+        metavar="BASE",
+        help=f"a folder, or one of: {', '.join(ARCHIVES)} (default: {DEFAULT_BASE})",
+    )
+    name = parser.parse_args(argv).base
+    begin = time.monotonic()
+
+    def report(line: str) -> None:
+        sys.stderr.write(f"[{time.monotonic() - begin:5.1f} s] {line}\n")
+        sys.stderr.flush()
+
+    try:
+        place = prepare_base(name, progress=report)
+    except BaseModelError as error:
+        sys.stderr.write(f"loramux prepare: {error}\n")
+        return 1
+    sys.stdout.write(f"{place}\n")
+    return 0

@@ -1,0 +1,112 @@
+"""Our options as vLLM's: one namespace, made and checked by vLLM's own parser."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from vllm.platforms import current_platform
+
+from loramux.engine.settings import KEY, DataPlaneSettings
+from loramux.errors import ConfigError
+
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+except ImportError:  # up to 0.31
+    from vllm.entrypoints.openai.cli_args import (  # type: ignore[import-not-found, no-redef]
+        make_arg_parser,
+        validate_parsed_serve_args,
+    )
+
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+_PLUGIN_GROUPS = ("general", "io_processor", "platform", "stat_logger")
+_CPU_ADAPTER_BYTES = 2**30
+
+
+def set_environment(model: str) -> None:
+    """Variables vLLM reads at import or start, where the user set none."""
+    os.environ["VLLM_PLUGINS"] = ",".join(_plugins(os.environ.get("VLLM_PLUGINS")))
+    # Opens the hook on the way of an unknown model name, where we wait for adapters that are loading. vLLM's own
+    # routes behind this switch are replaced by ours.
+    os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    if Path(model).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if current_platform.is_cpu():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+
+
+def parse_engine_args(argv: Sequence[str], *, model: str, served_name: str) -> Namespace:
+    """vLLM's namespace for `model`. Exits like argparse on options vLLM does not know; raises ConfigError."""
+    defaults = ["--host", "127.0.0.1", "--served-model-name", served_name]
+    if current_platform.is_cpu():
+        defaults += ["--dtype", "float32"]
+    parser = make_arg_parser(FlexibleArgumentParser(prog="loramux serve", add_help=False))  # type: ignore[no-untyped-call]
+    args: Namespace = parser.parse_args([*defaults, *argv, "--model", model, "--enable-lora"])
+    validate_parsed_serve_args(args)
+    if args.model_tag is not None:
+        raise ConfigError(
+            f"{args.model_tag!r} is no option. If it is the base model, it comes first.",
+            hint=f"Write loramux serve {args.model_tag} [options].",
+        )
+    if (args.tensor_parallel_size or 1) != 1 or (args.pipeline_parallel_size or 1) != 1:
+        raise ConfigError(
+            "loramux serves one GPU per engine: tensor and pipeline parallelism are not built yet.",
+            hint="Leave out --tensor-parallel-size and --pipeline-parallel-size; start one server per GPU.",
+        )
+    return args
+
+
+def apply_settings(args: Namespace, settings: DataPlaneSettings) -> Namespace:
+    """Put our worker, scheduler and data plane into vLLM's namespace (in place)."""
+    extra = args.additional_config or {}
+    if isinstance(extra, str):
+        extra = json.loads(extra)
+    if KEY in extra:
+        raise ConfigError(f"--additional-config has the key {KEY!r}, which is ours.", hint="Use loramux's options.")
+    options = settings.engine_options()
+    options["additional_config"] |= extra
+    for name, value in options.items():
+        setattr(args, name, value)
+    # vLLM adds these last, so ours is outermost: what other middleware answers (authentication) is reshaped too.
+    args.middleware = [*args.middleware, "loramux.http.errors.ErrorShape"]
+    return args
+
+
+def adapter_bytes(asked: int | None) -> int:
+    """Adapter memory: what was asked, else 10 % of the device, 1 GiB on a CPU."""
+    if asked is not None:
+        return asked
+    if current_platform.is_cpu():
+        return _CPU_ADAPTER_BYTES
+    return int(current_platform.get_device_total_memory()) // 10
+
+
+def device_name() -> str:
+    """For the memory plan."""
+    return "CPU" if current_platform.is_cpu() else str(current_platform.get_device_name())
+
+
+def kv_cache_line(args: Namespace) -> str:
+    """For the memory plan: vLLM decides the rest."""
+    if current_platform.is_cpu():
+        return f"{os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB (VLLM_CPU_KVCACHE_SPACE)"
+    return f"what is left of {args.gpu_memory_utilization:.0%} of the device (--gpu-memory-utilization)"
+
+
+def _plugins(named: str | None) -> list[str]:
+    """What VLLM_PLUGINS must hold for our routes to load without unloading anything that would load anyway."""
+    if named is not None:
+        names = [name for name in named.split(",") if name]
+    else:
+        names = [e.name for group in _PLUGIN_GROUPS for e in entry_points(group=f"vllm.{group}_plugins")]
+    return list(dict.fromkeys([*names, KEY]))
+
+
+def item_bytes(args: Namespace) -> int:
+    """Bytes of one adapter weight in the pool, which has the base model's dtype."""
+    return 4 if str(args.dtype) in ("float32", "float") else 2

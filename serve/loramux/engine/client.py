@@ -1,0 +1,72 @@
+"""The API process's side of the data plane: collective RPC to the workers, between engine steps."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any, Protocol
+
+from loramux.errors import AdapterRefused, LoramuxError, PoolExhausted
+from loramux_adapters import Artefact
+
+#: One pause of the engine copies about this much: 3 ms at the speed of pageable host memory.
+PIECE_BYTES = 16 * 2**20
+_POLL_S = 0.005
+
+
+class Engine(Protocol):
+    """The part of vLLM's engine client used here."""
+
+    async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()) -> list[Any]:
+        """Call a worker method between two engine steps."""
+
+
+class EngineDataPlane:
+    """Implements `loramux.registry.DataPlane` over an engine client."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def load(self, version_id: int, artefact: Artefact) -> int:
+        """Copy an artefact into every worker's pool in bounded pieces; returns its bytes there.
+
+        Raises PoolExhausted, AdapterRefused.
+        """
+        await self._call("loramux_begin", version_id, str(artefact.path))
+        try:
+            while (progress := await self._call("loramux_advance", version_id, PIECE_BYTES))["state"] != "resident":
+                if progress["state"] == "failed":
+                    raise _as_error(progress["error"])
+                if progress["state"] == "reading":
+                    await asyncio.sleep(_POLL_S)
+        except BaseException:
+            with suppress(Exception):  # the engine may be gone; the first error tells more
+                await self.unload(version_id)
+            raise
+        return int(progress["bytes"])
+
+    async def unload(self, version_id: int) -> None:
+        await self._call("loramux_remove", version_id)
+
+    async def stats(self) -> dict[str, int]:
+        """Bytes and slots of the pool, see `AdapterManager.stats`."""
+        stats: dict[str, int] = await self._call("loramux_stats")
+        return stats
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        # Tensor parallel size 1: one worker answers.
+        return (await self._engine.collective_rpc(method, args=args))[0]
+
+
+def _as_error(error: dict[str, Any]) -> LoramuxError:
+    if error["code"] == "adapter_memory_full":
+        return PoolExhausted(
+            f"Adapter memory is full: this adapter needs {error['needed'] / 2**20:.1f} MiB, "
+            f"{error['free'] / 2**20:.1f} MiB are free.",
+            hint="Unload an adapter (POST /v1/unload_lora_adapter), or restart with a larger --adapter-memory.",
+        )
+    return AdapterRefused(
+        error["message"],
+        code=error["code"],
+        hint="`loramux serve BASE --adapter NAME=PATH --dry-run` checks an adapter against a base.",
+    )

@@ -1,0 +1,234 @@
+"""The adapters of one worker: what vLLM's model runner calls, and what the API process asks for between steps."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+
+from loramux.engine.placement import PoolArrays, pool_arrays, token_gates
+from loramux.engine.settings import DataPlaneSettings
+from loramux.engine.wrappers import find_sites, wrap
+from loramux_adapters import LoweredAdapter, open_artefact
+from loramux_kernels import AdapterPool, KernelError, PoolFull
+
+logger = init_logger("vllm.loramux")
+
+
+@dataclass
+class _Load:
+    """A version on its way into the pool: read by a thread, copied piece by piece between steps."""
+
+    thread: threading.Thread | None = None
+    adapter: LoweredAdapter | None = None
+    error: dict[str, Any] | None = None
+    slot: int | None = None
+    todo: list[tuple[str, PoolArrays]] = field(default_factory=list)
+
+
+class AdapterManager:
+    """Takes the place of vLLM's LoRA manager on the model runner (same method names, no inheritance).
+
+    Everything reached from inside an engine step (`step`, `idle`) must not raise: an exception there ends the
+    engine for every user. A row whose version is not resident is served by nobody: its request is reported in
+    `missing`.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        self._config = vllm_config
+        self._settings = DataPlaneSettings.from_config(vllm_config.additional_config)
+        self._device = device
+        self._slots: dict[int, int] = {}  # version id -> slot
+        self._loads: dict[int, _Load] = {}
+        self._in_dummy_run = False
+        self.missing: set[str] = set()
+        self.pool: AdapterPool
+
+    def install(self, model: nn.Module) -> nn.Module:
+        """Build the pool for `model` and wrap its linears. Called once, before memory is profiled."""
+        scheduler = self._config.scheduler_config
+        specs = find_sites(model)
+        self.pool = AdapterPool(
+            specs,
+            capacity_bytes=self._settings.adapter_bytes,
+            slots=self._settings.slots,
+            max_rank=self._settings.max_rank,
+            max_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs),
+            max_requests=scheduler.max_num_seqs,
+            dtype=cast(torch.dtype, self._config.model_config.dtype),  # resolved by vLLM
+            device=self._device,
+        )
+        wrap(model, specs, self.pool.site_ids, [self.pool.h_width(i) for i in range(len(specs))])
+        self.pool.warmup()
+        logger.info("loramux: %d sites, %.0f MiB of adapter memory", len(specs), self.pool.capacity_bytes / 2**20)
+        return model
+
+    # -- inside an engine step: never raises
+
+    def step(self, version_ids: np.ndarray, lengths: np.ndarray, request_ids: Sequence[str]) -> None:
+        """Say which version each request of the coming forward pass uses, and how many tokens it has there."""
+        ids = version_ids.tolist()
+        slots = np.fromiter((self._slots.get(i, -1) for i in ids), dtype=np.int32, count=len(ids))
+        try:
+            self.pool.set_batch(slots, np.ascontiguousarray(lengths, dtype=np.int32))
+        except Exception:
+            logger.exception("no adapter could be applied in this step: its requests end with an error")
+            slots.fill(-1)
+            self.pool.set_idle(False)
+        self.missing = {request_ids[row] for row, i in enumerate(ids) if i and slots[row] < 0}
+
+    def idle(self, launch: bool) -> None:
+        """A profile run or graph capture: with `launch`, kernels run over an empty batch, to be captured."""
+        self.missing = set()
+        self.pool.set_idle(launch)
+
+    def take_missing(self) -> frozenset[str]:
+        """Requests of the last step whose version was not resident, once: a later step has its own."""
+        missing, self.missing = frozenset(self.missing), set()
+        return missing
+
+    # -- between engine steps: what the API process calls
+
+    def begin(self, version_id: int, artefact: str) -> None:
+        """Start reading a lowered artefact in a thread."""
+        load = _Load()
+        load.thread = threading.Thread(target=self._read, args=(load, Path(artefact)), daemon=True)
+        self._loads[version_id] = load
+        load.thread.start()
+
+    def advance(self, version_id: int, piece_bytes: int) -> dict[str, Any]:
+        """Copy about `piece_bytes` more; a bounded pause between two steps.
+
+        Returns `{"state": "reading" | "copying" | "resident" | "failed", "bytes": …, "error": {…}}`.
+        """
+        load = self._loads.get(version_id)
+        if load is None:
+            return _failed("internal_error", "this load was not begun or has ended")
+        if load.error is None and load.adapter is None:
+            return {"state": "reading"}
+        try:
+            if load.error is None:
+                self._copy(load, piece_bytes)
+                if load.slot is not None and not load.todo:
+                    self.pool.publish(load.slot)
+        except PoolFull as full:
+            load.error = {"code": "adapter_memory_full", "needed": full.needed_bytes, "free": full.free_bytes}
+        except KernelError as error:
+            load.error = {"code": "adapter_unservable", "message": str(error)}
+        except Exception as error:  # nothing may stay reserved, whatever went wrong
+            logger.exception("copying adapter version %d failed", version_id)
+            load.error = {"code": "internal_error", "message": f"The adapter could not be copied: {error}"}
+        if load.error is not None:
+            self._abandon(version_id, load)
+            return {"state": "failed", "error": load.error}
+        if load.todo or load.slot is None or load.adapter is None:
+            return {"state": "copying"}
+        self._slots[version_id] = load.slot
+        del self._loads[version_id]
+        return {"state": "resident", "bytes": self.pool.bytes_for(load.adapter.ranks, token_gates(load.adapter))}
+
+    def remove(self, version_id: int) -> bool:
+        """Free a version's memory. Rows that still name it are served by nobody (see `missing`)."""
+        if (load := self._loads.get(version_id)) is not None:
+            self._abandon(version_id, load)
+        if (slot := self._slots.pop(version_id, None)) is None:
+            return False
+        self.pool.release(slot)
+        return True
+
+    def stats(self) -> dict[str, int]:
+        pool = self.pool
+        return {
+            "capacity_bytes": pool.capacity_bytes,
+            "used_bytes": pool.used_bytes,
+            "overhead_bytes": pool.overhead_bytes,
+            "resident": len(self._slots),
+            "slots": pool.slots,
+        }
+
+    def _read(self, load: _Load, artefact: Path) -> None:
+        try:
+            adapter = open_artefact(artefact)
+            pin = self._device.type == "cuda"
+            load.todo = [
+                (module, pool_arrays(site, dict(adapter.gates), self.pool.dtype, pin))
+                for module, site in adapter.sites.items()
+            ]
+            load.adapter = adapter
+        except Exception:  # this thread has no caller: every failure becomes the load's result
+            logger.exception("reading %s failed", artefact)
+            load.error = {"code": "adapter_unreadable", "message": "The prepared adapter could not be read."}
+
+    def _copy(self, load: _Load, piece_bytes: int) -> None:
+        assert load.adapter is not None
+        if load.slot is None:
+            load.slot = self.pool.reserve(load.adapter.ranks, token_gates(load.adapter))
+        while load.todo and piece_bytes > 0:
+            module, arrays = load.todo.pop()
+            piece_bytes -= self.pool.write(
+                load.slot, module, arrays.a, arrays.b, arrays.scale, router=arrays.router, expert=arrays.expert
+            )
+
+    def _abandon(self, version_id: int, load: _Load) -> None:
+        del self._loads[version_id]
+        if load.slot is not None:
+            self.pool.release(load.slot)
+
+    # -- what vLLM's runners call on `runner.lora_manager`
+
+    def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig | None = None) -> nn.Module:
+        return self.install(model)
+
+    def supports_tower_connector_lora(self) -> bool:
+        return False
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        return default_rank
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        self._in_dummy_run = True
+        yield
+
+    def add_dummy_lora(self, lora_request: LoRARequest, rank: int) -> bool:
+        return True
+
+    def remove_all_adapters(self) -> None:
+        # A dummy run ends with this call, and with data parallelism dummy runs happen while serving.
+        if self._in_dummy_run:
+            self._in_dummy_run = False
+            return
+        for version_id in list(self._slots):
+            self.remove(version_id)
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """vLLM's own load path would read inside the engine step; ours is `begin` and `advance`."""
+        if lora_request.lora_int_id in self._slots:
+            return False
+        raise ValueError(f"adapter {lora_request.lora_name!r} is not resident: load it through the loramux routes")
+
+    def remove_adapter(self, version_id: int) -> bool:
+        return self.remove(version_id)
+
+    def pin_adapter(self, version_id: int) -> bool:
+        return version_id in self._slots
+
+    def list_adapters(self) -> set[int]:
+        return set(self._slots)
+
+    def set_active_adapters(self, lora_requests: set[LoRARequest], mapping: object) -> None:
+        """Reached only for multi-modal towers, which `supports_tower_connector_lora` rules out."""
+
+
+def _failed(code: str, message: str) -> dict[str, Any]:
+    return {"state": "failed", "error": {"code": code, "message": message}}

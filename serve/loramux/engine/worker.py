@@ -1,0 +1,70 @@
+"""The worker class vLLM instantiates (`--worker-cls`)."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from vllm.platforms import current_platform
+from vllm.v1.outputs import AsyncModelRunnerOutput
+
+from loramux.engine import hooks, probe
+from loramux.engine.manager import AdapterManager
+from loramux.engine.settings import MISSING
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker  # type: ignore[assignment]
+
+
+class LoramuxWorker(PlatformWorker):
+    """vLLM's worker with our data plane; the `loramux_*` methods are called by collective RPC between steps."""
+
+    def load_model(self, **kwargs: Any) -> None:
+        probe.check_runner(self.model_runner)
+        hooks.install(self.model_runner)
+        super().load_model(**kwargs)
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        return self._mark(super().execute_model(*args, **kwargs))
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        return self._mark(super().sample_tokens(*args, **kwargs))
+
+    def loramux_begin(self, version_id: int, artefact: str) -> None:
+        self._adapters.begin(version_id, artefact)
+
+    def loramux_advance(self, version_id: int, piece_bytes: int) -> dict[str, Any]:
+        return self._adapters.advance(version_id, piece_bytes)
+
+    def loramux_remove(self, version_id: int) -> bool:
+        return self._adapters.remove(version_id)
+
+    def loramux_stats(self) -> dict[str, int]:
+        return self._adapters.stats()
+
+    @property
+    def _adapters(self) -> AdapterManager:
+        return cast(AdapterManager, self.model_runner.lora_manager)
+
+    def _mark(self, output: Any) -> Any:
+        if output is None or not self._adapters.missing:  # None: the tokens are sampled by another call
+            return output
+        missing = self._adapters.take_missing()
+        if isinstance(output, AsyncModelRunnerOutput):
+            return _Marked(output, missing)
+        setattr(output, MISSING, missing)
+        return output
+
+
+class _Marked(AsyncModelRunnerOutput):
+    """An asynchronous output that carries the mark once its copy to the host is done."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, missing: frozenset[str]) -> None:
+        self._output = output
+        self._missing = missing
+
+    def get_output(self) -> Any:
+        output = self._output.get_output()
+        setattr(output, MISSING, self._missing)
+        return output

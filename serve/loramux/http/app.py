@@ -1,0 +1,46 @@
+"""Put loramux on an app: routes, error shape, request ids."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from loramux.errors import LoramuxError
+from loramux.http import adapters, health, models
+from loramux.http.errors import render
+from loramux.registry import AdapterRegistry
+
+
+@dataclass
+class Services:
+    """What the routes work on; lives at `app.state.loramux`."""
+
+    registry: AdapterRegistry
+    base: str
+    max_model_len: int
+    pool_stats: Callable[[], Awaitable[dict[str, int]]]
+    started: bool = False  # it was ready once
+
+
+def attach(app: FastAPI) -> None:
+    """Add our routes to `app`, in place of routes it already has for the same path and method."""
+    ours = [*models.router.routes, *adapters.router.routes, *health.router.routes]
+    taken = {(getattr(route, "path", None), method) for route in ours for method in getattr(route, "methods", ())}
+    # vLLM 0.26 appends a plugin's routes, so its own would win; 0.32 replaces them itself.
+    app.router.routes[:] = [
+        route
+        for route in app.router.routes
+        if not any((getattr(route, "path", None), method) in taken for method in getattr(route, "methods", None) or ())
+    ]
+    for router in (models.router, adapters.router, health.router):
+        app.include_router(router)
+    app.add_exception_handler(LoramuxError, _answer)
+
+
+async def _answer(_: Request, error: Any) -> JSONResponse:
+    status, body, headers = render(error)
+    return JSONResponse(body, status_code=status, headers=headers)

@@ -1,0 +1,6 @@
+"""Prometheus metrics per adapter, and the wrapper around the engine client that feeds them."""
+
+from loramux.metrics.adapters import AdapterMetrics
+from loramux.metrics.instrument import instrument
+
+__all__ = ["AdapterMetrics", "instrument"]

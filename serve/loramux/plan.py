@@ -1,0 +1,53 @@
+"""Where memory goes, decided and printed before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loramux.units import format_bytes
+
+#: Table rows; a row is 11 KiB for 32 layers. Bytes run out long before.
+SLOTS = 1024
+_MIN_RANK = 256
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the device that serves."""
+
+    device: str
+    dtype: str
+    adapter_bytes: int
+    adapters: dict[str, int]  # name -> bytes in the pool
+    max_rank: int
+    kv_cache: str
+
+    @property
+    def used(self) -> int:
+        return sum(self.adapters.values())
+
+    @property
+    def more_fit(self) -> int | None:
+        """How many more adapters of the mean size of these fit; None without adapters."""
+        if not self.used:
+            return None
+        return max(0, int((self.adapter_bytes - self.used) // (self.used / len(self.adapters))))
+
+    def lines(self) -> list[str]:
+        """For people."""
+        rows = [
+            f"device          {self.device}, {self.dtype}",
+            f"adapter memory  {format_bytes(self.adapter_bytes)}, {format_bytes(self.used)} used by "
+            f"{len(self.adapters)} adapters, ranks up to {self.max_rank}",
+            *(f"  {name:<14}{format_bytes(size)}" for name, size in sorted(self.adapters.items())),
+        ]
+        if self.more_fit is not None:
+            rows.append(f"  room for about {self.more_fit} more of this size")
+        return [*rows, f"KV cache        {self.kv_cache}"]
+
+
+def rank_limit(asked: int | None, ranks: Sequence[int]) -> int:
+    """Largest rank the scratch has room for: what was asked, else 256 or the largest rank at the start, to 16."""
+    largest = max([asked or _MIN_RANK, *ranks])
+    return -(-largest // 16) * 16

@@ -1,0 +1,59 @@
+"""The reference side of the end-to-end tests: greedy answers of a Hugging Face model, and what counts as equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TOKENS = 32
+TOLERANCE = 1e-3  # nats, on every generated token
+
+Answer = tuple[list[int], list[float]]  # token ids, and the log-probability of each
+
+
+def load(path: Path, dtype: torch.dtype) -> Any:
+    """The model, made to go on after an end-of-turn token, as `ignore_eos` makes the engine."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def encode(path: Path, texts: tuple[str, ...]) -> list[list[int]]:
+    """Each text as the user's message, in tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return [
+        tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True, return_dict=False)
+        for t in texts
+    ]
+
+
+def generate(model: Any, prompt: list[int]) -> Answer:
+    """Greedy decoding of TOKENS tokens."""
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    ids = output.sequences[0, len(prompt) :].tolist()
+    assert len(ids) == TOKENS
+    return ids, [float(torch.log_softmax(step[0], -1)[i]) for i, step in zip(ids, output.logits, strict=True)]
+
+
+def difference(ours: Answer, theirs: Answer) -> float:
+    """max |Δ logprob| over the tokens of two answers."""
+    return max(abs(a - b) for a, b in zip(ours[1], theirs[1], strict=True))
+
+
+def assert_equal(ours: Answer, theirs: Answer, what: str) -> None:
+    assert ours[0] == theirs[0], f"{what}: tokens differ"
+    assert difference(ours, theirs) < TOLERANCE, f"{what}: logprobs differ by {difference(ours, theirs)}"

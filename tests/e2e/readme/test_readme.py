@@ -1,0 +1,116 @@
+"""What the README says is true: its code runs, its commands work, its numbers are the measured ones.
+
+With LORAMUX_TEST_URL the code runs against that server (CI starts one by `make serve`), else against the fixture's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from loramux.config import parse
+
+ROOT = Path(__file__).parents[3]
+README = (ROOT / "README.md").read_text()
+
+
+def _block(language: str, containing: str) -> str:
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (found,) = [block for block in blocks if containing in block]
+    return str(found)
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest) -> str:
+    given = os.environ.get("LORAMUX_TEST_URL")
+    return given or str(request.getfixturevalue("server").url)
+
+
+@pytest.mark.engine
+def test_openai_snippet(url: str) -> None:
+    code = _block("python", "OpenAI(").replace("http://127.0.0.1:8000", url)
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written):
+        exec(compile(code, "README.md", "exec"), {})
+    base, adapter, models = written.getvalue().strip().splitlines()
+    assert base.split()[0] == "smollm2-135m-instruct" and "sarcastic" not in base.split()[1].lower()
+    assert adapter.split() == ["sarcasm", "sarcastic"]
+    assert {"smollm2-135m-instruct", "spam", "sarcasm", "news"} <= set(re.findall(r"[\w.-]+", models))
+
+
+@pytest.mark.engine
+def test_load_curl(server: Any, spare_adapters: Path) -> None:
+    command = _block("sh", "load_lora_adapter").split("\n", 1)[1]
+    command = command.replace("localhost:8000", server.url).replace(
+        "/srv/adapters/mine", str(spare_adapters / "spare0")
+    )
+    answer = json.loads(subprocess.run(command, shell=True, capture_output=True, check=True).stdout)
+    assert answer["model"]["id"] == "mine" and answer["model"]["adapter"]["state"] == "resident"
+    assert httpx.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": "mine"}).status_code == 200
+
+
+@pytest.mark.engine
+def test_dry_run_checks_and_plans(spare_adapters: Path, tmp_path: Path) -> None:
+    command = _block("sh", "--dry-run").split("#")[0].split()
+    assert command[:3] == ["loramux", "serve", "BASE"]
+    arguments = [
+        text.replace("BASE", "smollm2-135m-instruct").replace("./mine", str(spare_adapters / "spare0"))
+        for text in command[1:]
+    ]
+    result = subprocess.run([sys.executable, "-m", "loramux", *arguments], capture_output=True, text=True, check=True)
+    assert "memory plan" in result.stdout and "mine" in result.stdout
+    (tmp_path / "adapter_config.json").write_text("{}")
+    arguments[-2] = f"mine={tmp_path}"
+    refused = subprocess.run([sys.executable, "-m", "loramux", *arguments], capture_output=True, text=True)
+    assert refused.returncode == 1 and "Not started: mine" in refused.stdout
+
+
+def test_adapter_commands(tmp_path: Path) -> None:
+    check, compose = (line.split()[1:] for line in _block("sh", "adapters compose").strip().splitlines())
+    composed = str(tmp_path / compose[-1])
+    for arguments in (check, [*compose[:-1], composed], ["adapters", "show", composed]):
+        command = [sys.executable, "-m", "loramux", *arguments]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_yaml_is_understood(tmp_path: Path) -> None:
+    (tmp_path / "loramux.yaml").write_text(_block("yaml", "adapter-memory"))
+    config = parse(["-c", str(tmp_path / "loramux.yaml")])
+    assert config.base == "smollm2-135m-instruct" and config.adapters == {"mine": Path("/srv/adapters/mine")}
+    assert config.adapter_dirs == (Path("adapters/examples"),) and config.adapter_memory == 2 * 2**30
+    assert config.engine_args == ("--max-model-len", "2048")
+
+
+def test_example_accuracies_are_the_measured_ones() -> None:
+    results = json.loads((ROOT / "adapters" / "examples" / "results.json").read_text())
+    for task, row in results.items():
+        base, adapter = row["base"]["held_out"], row["adapter"]["held_out"]
+        cells = [f"{scores['generated']:.0%} / {scores['ranked']:.0%}" for scores in (base, adapter)]
+        assert f"| `{task}` |" in README and all(f"| {cell} |" in README for cell in cells), (task, cells)
+        assert adapter["ranked"] >= base["ranked"] + MARGIN and base["n"] >= 400
+
+
+MARGIN = float(re.search(r"at least (\d+) points", README)[1]) / 100  # type: ignore[index]
+
+
+def test_speeds_are_the_measured_ones() -> None:
+    with (ROOT / "tests" / "benchmarks" / "results" / "engine_decode.csv").open() as file:
+        rows = {
+            (r["engine"], int(r["batch"]), int(r["adapters"])): int(r["tokens_per_s"]) for r in csv.DictReader(file)
+        }
+    for batch in (1, 8, 64):
+        keys = [("base", batch, 0), *(("loramux", batch, n) for n in (0, 1, 8, 64))]
+        cells = [f"{rows[key]:,}" if key in rows else "" for key in keys]
+        assert re.search(rf"^\| {batch} \| " + r" \| *".join(cells) + r" ?\|$", README, re.MULTILINE), cells

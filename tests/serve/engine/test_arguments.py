@@ -1,0 +1,118 @@
+"""Our options inside vLLM's namespace, and the environment it is started in."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+
+from loramux.engine import arguments
+from loramux.engine.settings import KEY, DataPlaneSettings
+from loramux.errors import ConfigError
+
+SETTINGS = DataPlaneSettings(adapter_bytes=2**30, slots=512, max_rank=256)
+
+
+def namespace(**more: Any) -> Namespace:
+    return Namespace(**{"additional_config": None, "middleware": ["their.Middleware"], **more})
+
+
+def test_settings_survive_the_way_to_the_worker() -> None:
+    travelled = json.loads(json.dumps(SETTINGS.as_config()))
+    assert DataPlaneSettings.from_config(travelled) == SETTINGS
+    assert "version" in travelled[KEY]  # part of vLLM's compile-cache key
+
+
+@pytest.mark.parametrize("config", [None, {}, {"other": 1}, "text"])
+def test_a_worker_that_loramux_did_not_start_says_so(config: object) -> None:
+    with pytest.raises((KeyError, TypeError)):
+        DataPlaneSettings.from_config(config)
+
+
+@pytest.mark.parametrize("theirs", [None, {}, {"k": 1}, '{"k": 1}'])
+def test_settings_join_what_the_user_configured(theirs: Any) -> None:
+    args = arguments.apply_settings(namespace(additional_config=theirs), SETTINGS)
+    assert DataPlaneSettings.from_config(args.additional_config) == SETTINGS
+    assert ("k" in args.additional_config) == bool(theirs)
+    assert args.max_loras == args.max_cpu_loras == 512
+    # vLLM adds middleware in order, each around those before it.
+    assert args.middleware == ["their.Middleware", "loramux.http.errors.ErrorShape"]
+
+
+def test_our_classes_exist_under_the_names_vllm_is_given() -> None:
+    args = arguments.apply_settings(namespace(), SETTINGS)
+    for path in (args.worker_cls, args.scheduler_cls, args.middleware[-1]):
+        module, _, name = path.rpartition(".")
+        assert hasattr(__import__(module, fromlist=[name]), name)
+
+
+def test_our_key_is_ours() -> None:
+    with pytest.raises(ConfigError):
+        arguments.apply_settings(namespace(additional_config={KEY: {}}), SETTINGS)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two plugins that vLLM would load by itself, and one only when it is named."""
+    found = {"vllm.general_plugins": ["g1", "g2"], "vllm.endpoint_plugins": ["loramux", "foreign"]}
+
+    def entry_points(group: str) -> list[EntryPoint]:
+        return [EntryPoint(name, "m:f", group) for name in found.get(group, [])]
+
+    monkeypatch.setattr(arguments, "entry_points", entry_points)
+
+
+@pytest.mark.parametrize(
+    ("named", "plugins"),
+    [
+        (None, ["g1", "g2", "loramux"]),  # unset: vLLM would load all, and must go on doing so
+        ("", ["loramux"]),
+        ("mine", ["mine", "loramux"]),
+        ("mine,loramux", ["mine", "loramux"]),
+    ],
+)
+@pytest.mark.usefixtures("installed")
+def test_naming_our_plugin_unloads_no_other(named: str | None, plugins: list[str]) -> None:
+    assert arguments._plugins(named) == plugins
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_environment_keeps_what_the_user_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "mine")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0")
+    arguments.set_environment(str(tmp_path))
+    assert os.environ["VLLM_PLUGINS"] == "mine,loramux"
+    assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "7"
+    assert os.environ["HF_HUB_OFFLINE"] == "0"
+
+
+def parse(*argv: str) -> Namespace:
+    return arguments.parse_engine_args(argv, model="/the/base", served_name="base")
+
+
+def test_the_model_is_ours_to_name_and_the_rest_is_theirs() -> None:
+    args = parse("--max-model-len", "128", "--port", "81")
+    assert (args.model, args.served_model_name, args.enable_lora) == ("/the/base", ["base"], True)
+    assert (args.max_model_len, args.port, args.host) == (128, 81, "127.0.0.1")
+    assert parse("--served-model-name", "x").served_model_name == ["x"]
+    assert parse("--host", "0.0.0.0").host == "0.0.0.0"
+
+
+@pytest.mark.parametrize("argv", [["--tensor-parallel-size", "2"], ["-pp", "2"], ["late/base"]])
+def test_what_would_be_served_wrongly_is_refused(argv: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(*argv)
+    assert caught.value.hint
+
+
+def test_an_option_nobody_knows_ends_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--no-such-option")
+    assert caught.value.code == 2
+    assert "--no-such-option" in capsys.readouterr().err

@@ -1,0 +1,162 @@
+"""What the hooks on both model runners hand to the manager, without a model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm.lora.request import LoRARequest
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.gpu.lora_utils import LoraState, create_lora_capture_hook
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+from loramux.engine import hooks
+from loramux.engine.settings import MISSING
+from loramux.engine.worker import LoramuxWorker
+
+LORA_CONFIG: Any = SimpleNamespace(max_loras=4, max_lora_rank=16)
+
+
+class RecordingManager:
+    """Keeps what a step was told: per request its id, version and number of tokens."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[tuple[str, int, int]]] = []
+        self.idles: list[bool] = []
+        self.missing: set[str] = set()
+
+    def step(self, version_ids: np.ndarray, lengths: np.ndarray, request_ids: list[str]) -> None:
+        self.steps.append(list(zip(request_ids, version_ids.tolist(), lengths.tolist(), strict=True)))
+
+    def idle(self, launch: bool) -> None:
+        self.idles.append(launch)
+
+    def take_missing(self) -> frozenset[str]:
+        missing, self.missing = frozenset(self.missing), set()
+        return missing
+
+
+class Runner(LoRAModelRunnerMixin):  # type: ignore[misc]
+    """vLLM's own LoRA methods on an object without a model."""
+
+    def __init__(self) -> None:
+        self.lora_config = LORA_CONFIG
+        self.manager = RecordingManager()
+        self.lora_manager = self.manager
+
+
+class RunnerV2(Runner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_state = LoraState(max_num_reqs=8)
+
+
+def request(version_id: int) -> LoRARequest:
+    return LoRARequest(lora_name=f"a@{version_id}", lora_int_id=version_id, lora_path="/none")
+
+
+def test_v1_hands_over_the_rows_of_the_batch_in_order() -> None:
+    runner = Runner()
+    hooks.install(runner)
+    # Rows beyond the batch hold what earlier requests left there.
+    batch = SimpleNamespace(
+        request_lora_mapping=np.array([3, 0, 7, 9, 9], np.int64), req_ids=["x", "y", "z"], num_reqs=3
+    )
+    runner.set_active_loras(batch, np.array([5, 1, 2], np.int32), np.array([1, 1, 1], np.int32))
+    assert runner.manager.steps == [[("x", 3, 5), ("y", 0, 1), ("z", 7, 2)]]
+    assert runner.manager.idles == []
+
+
+def test_v2_hands_over_the_rows_of_the_batch_in_order() -> None:
+    runner = RunnerV2()
+    hooks.install(runner)
+    state = runner.lora_state
+    for index, (req_id, version_id) in enumerate([("x", 3), ("gone", 5), ("y", 0), ("z", 7)]):
+        state.add_request(req_id, index, request(version_id) if version_id else None)
+    state.remove_request("gone")
+    state.add_request("new", 1, request(8))
+    # The batch is ordered by scheduling, not by state index.
+    inputs = state.make_lora_inputs(["z", "new", "y"], np.array([3, 1, 2], np.int32), np.array([1, 9, 4], np.int32))
+    runner._set_active_loras(*inputs)
+    assert runner.manager.steps == [[("z", 7, 1), ("new", 8, 9), ("y", 0, 4)]]
+    # vLLM picks the graph by what it counts itself.
+    assert state.get_activate_loras(["z", "new", "y"]) == {request(7), request(8)}
+
+
+def test_v2_takes_the_ids_before_the_next_request_gets_the_row() -> None:
+    runner = RunnerV2()
+    hooks.install(runner)
+    runner.lora_state.add_request("x", 0, request(3))
+    inputs = runner.lora_state.make_lora_inputs(["x"], np.array([0], np.int32), np.array([1], np.int32))
+    runner.lora_state.add_request("other", 0, request(4))
+    runner._set_active_loras(*inputs)
+    assert runner.manager.steps == [[("x", 3, 1)]]
+
+
+@pytest.mark.parametrize("make", [Runner, RunnerV2])
+@pytest.mark.parametrize(("loras", "launch"), [(0, False), (1, True), (4, True), (5, True)])
+def test_graphs_are_captured_with_and_without_kernels(make: type[Runner], loras: int, launch: bool) -> None:
+    runner = make()
+    hooks.install(runner)
+    if make is RunnerV2:
+        capture = create_lora_capture_hook(LORA_CONFIG, runner)
+        assert capture is not None
+        capture(loras, 3, 8)
+    else:
+        with runner.maybe_select_dummy_loras(LORA_CONFIG, np.array([3, 3, 2], np.int32), num_active_loras=loras):
+            pass
+    assert runner.manager.idles == [launch]
+    assert runner.manager.steps == []
+
+
+@pytest.mark.parametrize("make", [Runner, RunnerV2])
+def test_one_runner_only_is_touched(make: type[Runner]) -> None:
+    hooked, other = make(), make()
+    hooks.install(hooked)
+    assert set(vars(other)) == set(vars(make()))
+    assert other._set_active_loras.__func__ is LoRAModelRunnerMixin._set_active_loras
+    if make is RunnerV2:
+        assert other.lora_state.make_lora_inputs.__func__ is LoraState.make_lora_inputs  # type: ignore[attr-defined]
+
+
+class Worker(LoramuxWorker):
+    """Only what marks outputs."""
+
+    def __init__(self, missing: set[str]) -> None:
+        manager = RecordingManager()
+        manager.missing = missing
+        self.model_runner: Any = SimpleNamespace(lora_manager=manager)
+
+
+class Later(AsyncModelRunnerOutput):
+    def __init__(self, output: ModelRunnerOutput) -> None:
+        self.output = output
+
+    def get_output(self) -> ModelRunnerOutput:
+        return self.output
+
+
+def test_the_output_of_a_step_is_marked_once() -> None:
+    worker = Worker({"x"})
+    assert worker._mark(None) is None  # V1 samples in a second call: the mark waits for it
+    output = ModelRunnerOutput(req_ids=["x"], req_id_to_index={"x": 0})
+    assert worker._mark(output) is output
+    assert getattr(output, MISSING) == {"x"}
+    # A step without tokens answers with an object that vLLM shares between all of them.
+    assert not hasattr(worker._mark(EMPTY_MODEL_RUNNER_OUTPUT), MISSING)
+
+
+def test_an_asynchronous_output_is_marked_when_it_arrives() -> None:
+    worker = Worker({"x"})
+    output = ModelRunnerOutput(req_ids=["x"], req_id_to_index={"x": 0})
+    marked = worker._mark(Later(output))
+    assert isinstance(marked, AsyncModelRunnerOutput)
+    assert not hasattr(output, MISSING)
+    assert getattr(marked.get_output(), MISSING) == {"x"}
+
+
+def test_outputs_of_sound_steps_pass_untouched() -> None:
+    later = Later(ModelRunnerOutput(req_ids=[], req_id_to_index={}))
+    assert Worker(set())._mark(later) is later

@@ -1,0 +1,299 @@
+"""The adapters of one worker over a real pool on the CPU: loading in pieces, failing cleanly, and steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from loramux.engine.manager import AdapterManager
+from loramux.engine.settings import DataPlaneSettings
+from loramux_adapters.artefact import digest_of, write_artefact
+from loramux_adapters.lowered import LoweredAdapter, LoweredSite
+from loramux_kernels import AdapterPool, SiteSpec, expand, shrink
+
+SITES = [
+    SiteSpec(name="qkv_proj", modules=("q_proj", "k_proj", "v_proj"), d_in=24, d_outs=(24, 12, 12)),
+    SiteSpec(name="down_proj", modules=("down_proj",), d_in=40, d_outs=(24,)),
+]
+WIDTHS = {m: (s.d_in, d_out) for s in SITES for m, d_out in zip(s.modules, s.d_outs, strict=True)}
+ENOUGH = 2**20
+
+
+def make_manager(capacity_bytes: int = 2**20, slots: int = 4) -> AdapterManager:
+    settings = DataPlaneSettings(adapter_bytes=capacity_bytes, slots=slots, max_rank=16)
+    manager = AdapterManager(SimpleNamespace(additional_config=settings.as_config()), torch.device("cpu"))  # type: ignore[arg-type]
+    manager.pool = AdapterPool(
+        SITES,
+        capacity_bytes=capacity_bytes,
+        slots=slots,
+        max_rank=16,
+        max_tokens=32,
+        max_requests=8,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    return manager
+
+
+@pytest.fixture
+def artefact(tmp_path: Path) -> Callable[..., str]:
+    def write(seed: int, ranks: Mapping[str, int] = dict.fromkeys(WIDTHS, 4), **widths: int) -> str:
+        generator = torch.Generator().manual_seed(seed)
+        sites = {}
+        for module, rank in ranks.items():
+            d_in, d_out = WIDTHS.get(module, (8, 8))
+            sites[module] = LoweredSite(
+                torch.randn(rank, widths.get("d_in", d_in), generator=generator),
+                torch.randn(rank, d_out, generator=generator),
+                torch.rand(rank, generator=generator),
+            )
+        adapter = LoweredAdapter("lora", sites)
+        return str(write_artefact(adapter, "base", digest_of(adapter), tmp_path))
+
+    return write
+
+
+def finish(manager: AdapterManager, version_id: int, piece_bytes: int = ENOUGH) -> list[dict[str, Any]]:
+    """Advance until the load has ended; all answers but the waiting for the reader."""
+    answers: list[dict[str, Any]] = []
+    deadline = time.monotonic() + 10
+    while not answers or answers[-1]["state"] == "copying":
+        assert time.monotonic() < deadline
+        progress = manager.advance(version_id, piece_bytes)
+        if progress["state"] == "reading":
+            time.sleep(0.001)
+        else:
+            answers.append(progress)
+    return answers
+
+
+def load(manager: AdapterManager, version_id: int, path: str) -> dict[str, Any]:
+    manager.begin(version_id, path)
+    return finish(manager, version_id)[-1]
+
+
+def step(manager: AdapterManager, versions: list[int], lengths: list[int]) -> None:
+    manager.step(np.array(versions, np.int64), np.array(lengths, np.int32), [f"r{i}" for i in range(len(versions))])
+
+
+def delta(manager: AdapterManager, tokens: int) -> torch.Tensor:
+    """What the adapters of the step add at the first site."""
+    x = torch.randn(tokens, 24, generator=torch.Generator().manual_seed(9))
+    y = torch.zeros(tokens, 48)
+    site = manager.pool.site_ids[0]
+    expand(y, shrink(x, site, manager.pool.h_width(0)), site)
+    return y
+
+
+def test_a_load_ends_resident_and_reports_its_bytes(artefact: Callable[..., str]) -> None:
+    manager = make_manager()
+    answer = load(manager, 1, artefact(1))
+    assert answer == {"state": "resident", "bytes": manager.pool.used_bytes}
+    assert manager.list_adapters() == {1}
+    assert manager.stats()["resident"] == 1
+    assert manager.remove(1)
+    assert (manager.stats()["used_bytes"], manager.list_adapters()) == (0, set())
+    assert not manager.remove(1)
+
+
+def test_what_is_served_is_what_is_in_the_artefact(artefact: Callable[..., str]) -> None:
+    from loramux_adapters import open_artefact
+
+    manager, path = make_manager(), artefact(1)
+    load(manager, 1, path)
+    step(manager, [0, 1], [2, 3])
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(9))
+    expected = torch.zeros(5, 48)
+    for module, columns in (("q_proj", slice(0, 24)), ("k_proj", slice(24, 36)), ("v_proj", slice(36, 48))):
+        site = open_artefact(Path(path)).sites[module]
+        expected[2:, columns] = (x[2:] @ site.a.T * site.scale) @ site.b
+    torch.testing.assert_close(delta(manager, 5), expected)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 500, 2000, ENOUGH])
+def test_one_pause_copies_one_module_more_than_asked_at_most(
+    artefact: Callable[..., str], piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager()
+    copied: list[int] = []
+    write = manager.pool.write
+
+    def counted(*args: Any, **arrays: Any) -> int:
+        copied.append(write(*args, **arrays))
+        return copied[-1]
+
+    monkeypatch.setattr(manager.pool, "write", counted)
+    manager.begin(1, artefact(1))
+    per_pause: list[list[int]] = []
+    while not per_pause or manager.list_adapters() == set():
+        copied.clear()
+        progress = manager.advance(1, piece_bytes)
+        assert progress["state"] != "failed", progress
+        if progress["state"] == "reading":
+            time.sleep(0.001)
+            continue
+        per_pause.append(list(copied))
+    for pause in per_pause:
+        assert sum(pause[:-1]) < piece_bytes
+    assert sum(map(len, per_pause)) == len(WIDTHS)
+    if piece_bytes == 1:
+        assert max(map(len, per_pause)) == 1
+    if piece_bytes == ENOUGH:
+        assert len(per_pause) == 1
+
+
+def test_nothing_is_served_before_all_is_copied(artefact: Callable[..., str]) -> None:
+    manager = make_manager()
+    manager.begin(1, artefact(1))
+    while manager.advance(1, 1)["state"] == "reading":
+        time.sleep(0.001)
+    step(manager, [1], [2])
+    assert manager.missing == {"r0"}
+    assert not delta(manager, 2).any()
+    assert finish(manager, 1)[-1]["state"] == "resident"
+    step(manager, [1], [2])
+    assert manager.missing == set()
+    assert delta(manager, 2).any()
+
+
+def test_a_full_pool_says_how_much_is_missing_and_keeps_nothing(artefact: Callable[..., str]) -> None:
+    needed = load(make_manager(), 1, artefact(1))["bytes"]
+    manager = make_manager(capacity_bytes=int(1.5 * needed))
+    load(manager, 1, artefact(1))
+    before = manager.stats()
+    answer = load(manager, 2, artefact(2))
+    assert answer["state"] == "failed"
+    assert answer["error"]["code"] == "adapter_memory_full"
+    assert answer["error"]["needed"] == needed
+    assert answer["error"]["free"] == before["capacity_bytes"] - before["used_bytes"]
+    assert manager.stats() == before
+    manager.remove(1)
+    assert load(manager, 2, artefact(2))["state"] == "resident"
+
+
+def test_slots_run_out_as_well(artefact: Callable[..., str]) -> None:
+    manager = make_manager(slots=2)
+    for version in (1, 2):
+        assert load(manager, version, artefact(version))["state"] == "resident"
+    assert load(manager, 3, artefact(3))["error"]["code"] == "adapter_memory_full"
+    manager.remove(1)
+    assert load(manager, 4, artefact(3))["state"] == "resident"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        ({"ranks": {"q_proj": 17}}, "adapter_unservable"),  # over the pool's limit
+        ({"ranks": {"nowhere": 4}}, "adapter_unservable"),
+        ({"ranks": {"q_proj": 4, "down_proj": 4}, "d_in": 23}, "adapter_unservable"),
+    ],
+    ids=["rank", "module", "shape"],
+)
+def test_what_the_pool_cannot_hold_leaves_nothing_reserved(
+    artefact: Callable[..., str], spoil: dict[str, Any], code: str
+) -> None:
+    manager = make_manager()
+    answer = load(manager, 1, artefact(1, **spoil))
+    assert (answer["state"], answer["error"]["code"]) == ("failed", code)
+    assert manager.stats()["used_bytes"] == 0
+    assert manager.pool.free_slots == 4
+    assert manager.advance(1, ENOUGH)["state"] == "failed"  # the load is over
+
+
+@pytest.mark.parametrize("name", ["publish", "write"])
+def test_a_failure_nobody_thought_of_leaves_nothing_reserved(
+    artefact: Callable[..., str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager()
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(manager.pool, name, fail)
+    assert load(manager, 1, artefact(1))["error"]["code"] == "internal_error"
+    assert manager.stats()["used_bytes"] == 0
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x08\0\0\0\0\0\0\0{}      ", b"\xff" * 64])
+def test_an_unreadable_artefact_fails_without_its_path(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "0.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    manager = make_manager()
+    answer = load(manager, 1, str(path))
+    assert (answer["state"], answer["error"]["code"]) == ("failed", "adapter_unreadable")
+    assert tmp_path.name not in answer["error"]["message"]
+    assert manager.stats()["used_bytes"] == 0
+
+
+def test_a_load_that_is_removed_half_way_keeps_nothing(artefact: Callable[..., str]) -> None:
+    manager = make_manager()
+    manager.begin(1, artefact(1))
+    while manager.advance(1, 1)["state"] == "reading":
+        time.sleep(0.001)
+    assert manager.stats()["used_bytes"] > 0
+    manager.remove(1)
+    assert manager.stats()["used_bytes"] == 0
+    assert manager.advance(1, ENOUGH)["state"] == "failed"
+
+
+def test_a_row_whose_version_is_unknown_is_reported_and_gets_no_other_adapter(artefact: Callable[..., str]) -> None:
+    manager = make_manager()
+    load(manager, 7, artefact(1))
+    step(manager, [7, 0, 99, 7], [2, 1, 2, 1])
+    assert manager.missing == {"r2"}
+    added = delta(manager, 6).any(dim=1)
+    assert added.tolist() == [True, True, False, False, False, True]
+    manager.remove(7)
+    step(manager, [7, 0, 99, 7], [2, 1, 2, 1])
+    assert manager.missing == {"r0", "r2", "r3"}
+    assert not delta(manager, 6).any()
+
+
+def test_a_step_the_pool_refuses_ends_its_requests_and_not_the_engine(artefact: Callable[..., str]) -> None:
+    manager = make_manager()
+    load(manager, 1, artefact(1))
+    step(manager, [1, 0], [33, 1])  # more tokens than the pool was made for
+    assert manager.missing == {"r0"}
+    assert not delta(manager, 34).any()
+    step(manager, [1, 0], [3, 1])
+    assert manager.missing == set()
+    assert delta(manager, 4).any(dim=1).tolist() == [True] * 3 + [False]
+
+
+def test_missing_requests_are_told_once(artefact: Callable[..., str]) -> None:
+    manager = make_manager()
+    step(manager, [5], [1])
+    assert manager.take_missing() == {"r0"}
+    assert manager.take_missing() == frozenset()
+    step(manager, [5], [1])
+    manager.idle(launch=True)
+    assert manager.take_missing() == frozenset()
+
+
+def test_a_dummy_run_while_serving_keeps_the_adapters(artefact: Callable[..., str]) -> None:
+    manager = make_manager()
+    load(manager, 1, artefact(1))
+    with manager.dummy_lora_cache():
+        manager.add_dummy_lora(SimpleNamespace(lora_int_id=1), rank=8)  # type: ignore[arg-type]
+    manager.remove_all_adapters()  # how vLLM ends a dummy run
+    assert manager.list_adapters() == {1}
+    manager.remove_all_adapters()
+    assert manager.list_adapters() == set()
+
+
+def test_vllms_own_load_is_refused_unless_the_adapter_is_there(artefact: Callable[..., str]) -> None:
+    manager = make_manager()
+    request: Any = SimpleNamespace(lora_int_id=1, lora_name="a@1")
+    with pytest.raises(ValueError, match="not resident"):
+        manager.add_adapter(request)
+    load(manager, 1, artefact(1))
+    assert manager.add_adapter(request) is False
+    assert manager.pin_adapter(1)
