@@ -25,6 +25,7 @@ from loramux_kernels.gates import TokenGate
 from loramux_kernels.ops.shrink import h_shape
 from loramux_kernels.plan import Ints, Plan
 from loramux_kernels.sites import TABLE_HEAD, TABLE_PART, Layout, Site, SiteSpec, SlotWeights, accumulator
+from loramux_kernels.trace import Trace, Traced
 
 NO_GATES: Mapping[str, TokenGate] = MappingProxyType({})
 
@@ -86,6 +87,8 @@ class AdapterPool:
         )
         widths = [TABLE_HEAD + TABLE_PART * len(s.d_outs) for s in sites]
         self._columns = np.cumsum([0, *widths])
+        first_gates = np.cumsum([0, *(len(s.modules) for s in sites)])
+        self._trace = Trace(int(first_gates[-1]), self.device)
         # One row of a slot holds all sites, so that publishing is one copy.
         self._table = torch.zeros(slots, int(self._columns[-1]), dtype=torch.int64, device=self.device)
         self._sites = [
@@ -97,6 +100,8 @@ class AdapterPool:
                 dtype=dtype,
                 table=self._table[:, int(self._columns[i]) : int(self._columns[i + 1])],
                 plan=self._plan,
+                trace=self._trace,
+                first_gate=int(first_gates[i]),
                 backend=self._backend,
             )
             for i, spec in enumerate(sites)
@@ -129,10 +134,11 @@ class AdapterPool:
 
     @property
     def overhead_bytes(self) -> int:
-        """Device bytes beside `capacity_bytes`: tables, plan, and the widest h of the longest step."""
+        """Device bytes beside `capacity_bytes`: tables, plan, trace, and the widest h of the longest step."""
         widest = max((s.rows for s in self._sites), default=0)
         rows, width = h_shape(self.max_tokens, widest, self.device)
-        return self._table.nbytes + self._plan.nbytes + rows * width * accumulator(self.dtype).itemsize
+        fixed = self._table.nbytes + self._plan.nbytes + self._trace.nbytes
+        return fixed + rows * width * accumulator(self.dtype).itemsize
 
     @property
     def active(self) -> bool:
@@ -271,6 +277,14 @@ class AdapterPool:
         self._plan.idle(launch)
         self._batch = None
 
+    def trace(self, on: bool) -> None:
+        """Whether the coming steps keep the router logits of their mixtures, for `take_trace`."""
+        self._trace.switch(on)
+
+    def take_trace(self) -> Traced:
+        """The logits that the last step kept; call it after the step's ops were issued, on the same stream."""
+        return self._trace.take(self._plan.token_slots, {slot: self._gates(slot) for slot in self.resident()})
+
     def warmup(self) -> None:
         """Compile every kernel variant, which must not happen while a graph is captured. Leaves the pool idle."""
         if self._backend.warmup is not None:
@@ -279,6 +293,15 @@ class AdapterPool:
         self.set_idle(False)
 
     # ---- helpers
+
+    def _gates(self, slot: int) -> dict[TokenGate, list[int]]:
+        """Gates of a slot's adapter by their rule, as the trace numbers them."""
+        found: dict[TokenGate, list[int]] = {}
+        for i, piece in self._residents[slot].pieces.items():
+            for j, rule in enumerate(piece.layout.gates):
+                if rule is not None:
+                    found.setdefault(rule, []).append(self._sites[i].first_gate + j)
+        return found
 
     def _find(self, module: str) -> tuple[int, int]:
         try:

@@ -20,6 +20,7 @@ from loramux_kernels.gates import GATE_FIELDS, MAX_EXPERTS, TokenGate
 if TYPE_CHECKING:
     from loramux_kernels.backends import Backend
     from loramux_kernels.plan import Plan
+    from loramux_kernels.trace import Trace
 
 SCALE_BYTES = EXPERT_BYTES = 4
 TABLE_HEAD = 4
@@ -62,8 +63,9 @@ class SliceGate:
 
 @dataclass(frozen=True)
 class SliceWeights:
-    """One slice's part of an adapter at a site: rows of h and A, columns of y, and B transposed `b_RO`."""
+    """Slice `index` of an adapter at a site: rows of h and A, columns of y, and B transposed `b_RO`."""
 
+    index: int
     rows: slice
     cols: slice
     b: Tensor
@@ -134,7 +136,7 @@ class Site:
     (device, int64 [slots, TABLE_HEAD + TABLE_PART·slices]) holds, per slot: offset of A in `weights`, of scale in
     `floats` and of expert in `ints`, rows of A; then per slice the first rank row, the rank, the offset of B in
     `weights`, the number of experts (0: no gate), the first router row, and the gate as `TokenGate.packed`. Zeros
-    where the adapter leaves the site alone.
+    where the adapter leaves the site alone. Slice j is gate `first_gate` + j of `trace`.
     """
 
     def __init__(
@@ -147,6 +149,8 @@ class Site:
         dtype: torch.dtype,
         table: Tensor,
         plan: Plan,
+        trace: Trace,
+        first_gate: int,
         backend: Backend,
     ) -> None:
         self.spec = spec
@@ -157,6 +161,8 @@ class Site:
         self.ints = arena.view(torch.int32)
         self.table = table
         self.plan = plan
+        self.trace = trace
+        self.first_gate = first_gate
         self.backend = backend
         self.slots: list[SlotWeights | None] = [None] * slots
         self.id = torch.tensor(next(_ids), dtype=torch.int64)
@@ -168,7 +174,8 @@ class Site:
         a = self.weights.as_strided((layout.rows, d_in), (d_in, 1), offset // item)
         scale = self.floats.as_strided((total,), (1,), (offset + layout.scale) // SCALE_BYTES)
         experts = (offset + layout.expert) // EXPERT_BYTES
-        slices, row, col = [], 0, 0
+        slices: list[SliceWeights] = []
+        row = col = 0
         for rank, d_out, at, rule, first in zip(
             layout.ranks, self.spec.d_outs, layout.b, layout.gates, layout.logits, strict=True
         ):
@@ -177,7 +184,7 @@ class Site:
             if rule:
                 expert = self.ints.as_strided((rank,), (1,), experts + row)
                 gate = SliceGate(rule, slice(first, first + rule.experts), expert)
-            slices.append(SliceWeights(slice(row, row + rank), slice(col, col + d_out), b, gate))
+            slices.append(SliceWeights(len(slices), slice(row, row + rank), slice(col, col + d_out), b, gate))
             row, col = row + rank, col + d_out
         return SlotWeights(a, scale, tuple(slices))
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from loramux_kernels.gates import TokenGate
 from loramux_kernels.pool import AdapterPool
 from loramux_kernels.sites import SiteSpec
+from loramux_kernels.trace import TRACE_TOKENS, Traced
 
 Ints = npt.NDArray[np.int32]
 
@@ -251,3 +252,30 @@ def worst(got: Tensor, want: Exact) -> float:
     # 0 · inf: a row that must not change and did not.
     ratio = torch.where(error == 0, torch.zeros_like(ratio), ratio)
     return float(ratio.nan_to_num(nan=torch.inf).max()) if ratio.numel() else 0.0
+
+
+def worst_trace(
+    traced: Traced, specs: Sequence[SiteSpec], adapters: Mapping[int, Adapter], x: Mapping[str, Tensor]
+) -> float:
+    """Largest error of traced logits in units of the bound, over the modules whose site has its input in `x`.
+
+    `adapters` by slot; `x_TI` by site. Infinite where rows or rules are not the adapter's own.
+    """
+    modules = [(spec, module) for spec in specs for module in spec.modules]
+    error = 0.0
+    for routed in traced:
+        if not routed.rows.size or routed.rows.max() >= TRACE_TOKENS:
+            return float("inf")
+        for gate, logits in zip(routed.gates, routed.logits, strict=True):
+            spec, module = modules[gate]
+            w = adapters[routed.slot][module]
+            if w.router is None or w.gate != routed.rule:
+                return float("inf")
+            if spec.name not in x:
+                continue
+            rows, router = x[spec.name][torch.from_numpy(routed.rows)].double().cpu(), w.router.double().cpu()
+            bound = TOLERANCE[w.router.dtype].sum * (rows.abs() @ router.abs().t())
+            # The trace is float32, whatever the sums were.
+            bound += TOLERANCE[torch.float32].y * (rows @ router.t()).abs()
+            error = max(error, float(((logits.double() - rows @ router.t()).abs() / bound).max()))
+    return error

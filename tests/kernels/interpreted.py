@@ -17,7 +17,17 @@ import torch
 from loramux_kernels import AdapterPool, SiteSpec, TokenGate
 from loramux_kernels.ops.shrink import PLANE_ROWS
 from loramux_kernels.sites import lookup
-from loramux_kernels.testing import POPULARITIES, clear_inputs, exact, load, mixed, ragged_batch, random_adapter, worst
+from loramux_kernels.testing import (
+    POPULARITIES,
+    clear_inputs,
+    exact,
+    load,
+    mixed,
+    ragged_batch,
+    random_adapter,
+    worst,
+    worst_trace,
+)
 
 SPECS = (
     SiteSpec("qkv", ("q", "k", "v"), 256, (96, 48, 48)),
@@ -80,12 +90,14 @@ def check(
     )
     pool.set_batch(slots[which], lengths)
     padded = tokens + 3
-    good = True
+    good, inputs = True, {}
+    pool.trace(True)
     for spec, site_id in zip(SPECS, pool.site_ids, strict=True):
         site, width = lookup(site_id), sum(spec.d_outs)
         draw = lambda s=spec: torch.randn(padded, s.d_in, generator=gen).to(dtype)  # noqa: E731
         x = torch.empty(padded, spec.d_in + 16, dtype=dtype)[:, : spec.d_in]
         x.copy_(clear_inputs(spec, adapters, which, lengths, draw))
+        inputs[spec.name] = x
         y = torch.randn(padded, width, generator=gen).to(dtype)
         before = y.clone()
         h = torch.full((padded + PLANE_ROWS, site.rows), float("nan"))
@@ -97,7 +109,10 @@ def check(
         good &= ok
         case = f"{dtype} {spec.name} T={tokens} {popularity}{' mixed' * any(gates)}"
         sys.stdout.write(f"{'OK' if ok else 'FAIL'} {case} error {error:.2f}\n")
-    return good
+    by_slot = dict(zip(slots.tolist(), adapters, strict=False))
+    error = worst_trace(pool.take_trace(), SPECS, by_slot, inputs)
+    sys.stdout.write(f"{'OK' if error <= 1 else 'FAIL'} trace T={tokens} error {error:.2f}\n")
+    return good and error <= 1
 
 
 def check_ties(rule: TokenGate) -> bool:

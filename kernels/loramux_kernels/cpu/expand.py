@@ -23,7 +23,10 @@ def expand(site: Site, y: Tensor, h: Tensor) -> None:
         for part in weights.live:
             h_part, b = scaled[:, part.rows], part.b.to(h.dtype)
             if part.gate is not None:
-                g = gate(part.gate.rule, rows[:, part.gate.logits])
+                logits = rows[:, part.gate.logits]
+                if site.trace.on:
+                    site.trace.put(site.first_gate + part.index, tokens, logits)
+                g = gate(part.gate.rule, logits)
                 h_part = h_part * g.index_select(1, part.gate.expert)
             if y.dtype != h.dtype:
                 y[tokens, part.cols] = (y[tokens, part.cols].to(h.dtype) + h_part @ b).to(y.dtype)

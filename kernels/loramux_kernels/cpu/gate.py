@@ -8,9 +8,14 @@ from torch import Tensor
 from loramux_kernels.gates import TokenGate
 
 
+def probabilities(rule: TokenGate, logits: Tensor) -> Tensor:
+    """`p_TE`: what the gate selects from."""
+    return torch.softmax((logits.abs() if rule.absolute else logits) / rule.temperature, 1)
+
+
 def gate(rule: TokenGate, logits: Tensor) -> Tensor:
     """Weight of each expert, `g_TE`, for `logits_TE`; dtype of the logits. Definition: `gates.py`."""
-    p = torch.softmax((logits.abs() if rule.absolute else logits) / rule.temperature, 1)
+    p = probabilities(rule, logits)
     if rule.select == "all":
         selected = torch.ones_like(p, dtype=torch.bool)
     elif rule.select == "threshold":

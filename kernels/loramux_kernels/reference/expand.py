@@ -20,6 +20,9 @@ def expand(site: Site, y: Tensor, h: Tensor) -> None:
         for part in weights.live:
             scaled = weights.scale[part.rows] * h[t, part.rows]
             if part.gate is not None:
-                scaled = scaled * gate(part.gate.rule, h[t, part.gate.logits])[part.gate.expert.long()]
+                logits = h[t, part.gate.logits]
+                if site.trace.on:
+                    site.trace.put(site.first_gate + part.index, slice(t, t + 1), logits[None])
+                scaled = scaled * gate(part.gate.rule, logits)[part.gate.expert.long()]
             delta = scaled @ part.b.to(h.dtype)
             y[t, part.cols] = (y[t, part.cols].to(h.dtype) + delta).to(y.dtype)

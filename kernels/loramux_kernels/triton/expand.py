@@ -19,10 +19,11 @@ from torch import Tensor
 from loramux_kernels.gates import MAX_EXPERTS
 from loramux_kernels.plan import TILE_FIELDS
 from loramux_kernels.sites import TABLE_HEAD, TABLE_PART, Site
+from loramux_kernels.trace import TRACE_TOKENS
 from loramux_kernels.triton.config import INTERPRETED, config, units
-from loramux_kernels.triton.gate import gate
+from loramux_kernels.triton.gate import gate, logits
 
-_SIZES = ["table_stride", "h_stride", "y_units", "tokens"]
+_SIZES = ["table_stride", "h_stride", "y_units", "tokens", "first_gate"]
 
 
 @triton.jit
@@ -59,10 +60,14 @@ def expand_kernel(
     y,
     y_units,
     tokens,
+    trace,
+    trace_flag,
+    first_gate,
     FIELDS: tl.constexpr,
     HEAD: tl.constexpr,
     PART: tl.constexpr,
     EXPERTS: tl.constexpr,
+    TRACED: tl.constexpr,
     UNIT: tl.constexpr,
     SPLITS: tl.constexpr,
     BT: tl.constexpr,
@@ -107,8 +112,12 @@ def expand_kernel(
             scaled = _scaled(h_rows + first_r, plane, scales, r, mt, mr, SPLITS, BT, BR)
             acc = _product(acc, scaled, w, UPCAST)
     else:
-        logits = h_rows + tl.load(part + 4)
-        g = gate(part + 5, experts, logits, plane, mt, SPLITS, BT, EXPERTS)
+        scores = logits(experts, h_rows + tl.load(part + 4), plane, mt, SPLITS, BT, EXPERTS)
+        if (first_o == 0) & (tl.load(trace_flag) != 0):
+            e = tl.arange(0, EXPERTS)[None, :]
+            kept = trace + (first_gate + tl.load(block)).to(tl.int64) * (TRACED * EXPERTS) + t[:, None] * EXPERTS + e
+            tl.store(kept, scores, mask=(mt & (t < TRACED))[:, None] & (e < experts))
+        g = gate(part + 5, experts, scores, BT, EXPERTS)
         # What any token of the tile takes of each expert: rows of B that none takes are not read.
         taken = tl.max(tl.where(mt[:, None], g, 0.0), 0)
         expert_of = ints + tl.load(row + 2) + first_r
@@ -156,10 +165,14 @@ def arguments(site: Site, y: Tensor, h: Tensor) -> tuple[tuple[int, int], dict[s
         "y": y,
         "y_units": stride // unit,
         "tokens": tokens,
+        "trace": site.trace.buffer,
+        "trace_flag": site.trace.flag,
+        "first_gate": site.first_gate,
         "FIELDS": TILE_FIELDS,
         "HEAD": TABLE_HEAD,
         "PART": TABLE_PART,
         "EXPERTS": MAX_EXPERTS,
+        "TRACED": TRACE_TOKENS,
         "UNIT": unit,
         "SPLITS": c.splits,
         "BT": c.tile,

@@ -19,22 +19,29 @@ def _real(bits):
 
 
 @triton.jit
-def gate(rule, experts, h_rows, plane, mt, SPLITS: tl.constexpr, BT: tl.constexpr, EXPERTS: tl.constexpr):
-    """Weights [BT, EXPERTS], zero beyond `experts`.
+def logits(experts, h_rows, plane, mt, SPLITS: tl.constexpr, BT: tl.constexpr, EXPERTS: tl.constexpr):
+    """Router logits [BT, EXPERTS], zero beyond `experts`.
 
-    `rule`: `TokenGate.packed` in the table · `h_rows` [BT, 1]: where each token's logits begin · `plane`: elements
-    between the pieces of a logit · `mt` [BT]: which tokens there are.
+    `h_rows` [BT, 1]: where each token's logits begin · `plane`: elements between the pieces of a logit · `mt` [BT]:
+    which tokens there are.
     """
+    e = tl.arange(0, EXPERTS)[None, :]
+    # What the shrink did not write may hold anything: it is replaced, never multiplied.
+    live = mt[:, None] & (e < experts)
+    scores = tl.zeros((BT, EXPERTS), tl.float32)
+    for split in tl.static_range(SPLITS):
+        scores += tl.load(h_rows + split * plane + e, mask=live, other=0.0)
+    return scores
+
+
+@triton.jit
+def gate(rule, experts, scores, BT: tl.constexpr, EXPERTS: tl.constexpr):
+    """Weights [BT, EXPERTS] for these logits, zero beyond `experts`. `rule`: `TokenGate.packed` in the table."""
     k = tl.load(rule).to(tl.int32)
     flags = tl.load(rule + 1).to(tl.int32)
     p_sum, threshold, eps, temperature = _real(rule + 2), _real(rule + 3), _real(rule + 4), _real(rule + 5)
     e = tl.arange(0, EXPERTS)[None, :]
     real = e < experts
-    # What the shrink did not write may hold anything: it is replaced, never multiplied.
-    live = mt[:, None] & real
-    scores = tl.zeros((BT, EXPERTS), tl.float32)
-    for split in tl.static_range(SPLITS):
-        scores += tl.load(h_rows + split * plane + e, mask=live, other=0.0)
     scores = tl.where((flags & ABSOLUTE) != 0, tl.abs(scores), scores)
     scores = tl.where(real, tl.div_rn(scores, temperature), -float("inf"))
     p = tl.exp(scores - tl.max(scores, 1)[:, None])
