@@ -17,7 +17,10 @@ DEFAULT_MAX_BYTES = 8 * GIB
 # A config lists module names and patterns: the largest public ones are some tens of kilobytes.
 MAX_JSON_BYTES = 1 << 20
 
-_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.ckpt", "adapter_model.pkl")
+_PICKLES = (
+    "adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.ckpt", "adapter_model.pkl",
+    "pytorch_model_lora.bin",  # ResLoRA
+)  # fmt: skip
 
 
 class AdapterFolder:
@@ -38,6 +41,8 @@ class AdapterFolder:
                 hint="Give the folder that holds adapter_config.json and adapter_model.safetensors, or a native file.",
             )
         self.path = Path(os.path.realpath(path))
+        # Links may not leave it: the adapter's own folder also for a folder inside it.
+        self._root = self.path
         self.max_bytes = max_bytes
 
     def has(self, name: str) -> bool:
@@ -51,6 +56,20 @@ class AdapterFolder:
             return sorted(os.listdir(self.path))
         except OSError:
             return []
+
+    def subfolder(self, name: str) -> "AdapterFolder":
+        """A folder inside this one, with the same limit. Raises AdapterUnsafeFile for any other."""
+        plain = name not in ("", ".", "..") and "\0" not in name and os.path.basename(name) == name
+        target = Path(os.path.realpath(self.path / name)) if plain else self.path
+        if target == self._root or not target.is_relative_to(self._root):
+            raise AdapterUnsafeFile(
+                f"{shown(name)} is no folder inside the adapter's.",
+                hint="Name folders beside adapter_config.json, without a path and without links out of it.",
+                field=name,
+            )
+        part = AdapterFolder(target, self.max_bytes)
+        part._root = self._root
+        return part
 
     @contextmanager
     def open(self, name: str, max_bytes: int | None = None) -> Iterator[BufferedReader]:
@@ -94,7 +113,7 @@ class AdapterFolder:
             raise self._missing(name)
         # Unlike Path.resolve, realpath does not raise on a loop of links; opening one fails.
         target = Path(os.path.realpath(self.path / name))
-        if target.is_relative_to(self.path) or self._is_hub_blob(target):
+        if target.is_relative_to(self._root) or self._is_hub_blob(target):
             return target
         raise AdapterUnsafeFile(
             f"{shown(name)} is a link that leaves the adapter's folder.",
@@ -104,7 +123,7 @@ class AdapterFolder:
 
     def _is_hub_blob(self, target: Path) -> bool:
         """The Hugging Face cache stores snapshots/<revision>/<file> as links to its own blobs/<hash>."""
-        return self.path.parent.name == "snapshots" and target.parent == self.path.parent.parent / "blobs"
+        return self._root.parent.name == "snapshots" and target.parent == self._root.parent.parent / "blobs"
 
     def _missing(self, name: str) -> AdapterNotFound | AdapterUnsafeFile:
         pickle = next((p for p in _PICKLES if self.has(p)), None)
@@ -123,7 +142,7 @@ def unsafe_pickle(name: str) -> AdapterUnsafeFile:
     command = (
         'python -c "import torch; from safetensors.torch import save_file; '
         f"w = torch.load({name!r}, map_location='cpu', weights_only=True); "
-        "save_file({k: v.contiguous() for k, v in w.items()}, 'adapter_model.safetensors')\""
+        "save_file({k: v.clone().contiguous() for k, v in w.items()}, 'adapter_model.safetensors')\""
     )
     return AdapterUnsafeFile(
         f"{shown(name)} is a pickle: loading one can run any code.",

@@ -1,5 +1,6 @@
 """From an adapter to the artefact that is served."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from loramux_adapters.artefact import Artefact, artefact_path, is_intact, summarise, write_artefact
@@ -11,28 +12,40 @@ from loramux_adapters.native import digest_of
 from loramux_adapters.serving import check_servable
 
 
-def lower(path: Path, base: BaseModel, max_bytes: int = DEFAULT_MAX_BYTES) -> LoweredAdapter:
+def lower(
+    path: Path, base: BaseModel, max_bytes: int = DEFAULT_MAX_BYTES, *, on_read: Callable[[], object] = lambda: None
+) -> LoweredAdapter:
     """Read an adapter's folder or native file, check all of it against the base model and lower it.
 
-    The four steps of its method: detect, read, lower, verify.
+    The four steps of its method: detect, read, lower, verify. `on_read` is called after the second.
 
     Needs about one and a half times its size in memory; refuses files above `max_bytes`. Raises AdapterError.
     """
     folder = AdapterFolder(path, max_bytes)
     method = find_method(folder)
-    adapter = method.lower(method.read(folder, base), base)
+    checkpoint = method.read(folder, base)
+    on_read()
+    adapter = method.lower(checkpoint, base)
     method.verify(adapter, base)
     return adapter
 
 
-def prepare(source: Path, base: BaseModel, cache: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> Artefact:
+def prepare(
+    source: Path,
+    base: BaseModel,
+    cache: Path,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    *,
+    on_read: Callable[[], object] = lambda: None,
+) -> Artefact:
     """Lower an adapter and keep the result as `cache/<digest>.safetensors`, written once and atomically.
 
     What the data plane cannot run is refused here (`serving.py`), though it can be lowered and written.
     An intact file of that digest is reused, a damaged one replaced. May run in several processes at once.
-    Raises AdapterError for the adapter (nothing is written then) and OSError for the cache.
+    `on_read` is called when nothing is left to be read. Raises AdapterError for the adapter (nothing is written
+    then) and OSError for the cache.
     """
-    adapter = lower(source, base, max_bytes)
+    adapter = lower(source, base, max_bytes, on_read=on_read)
     check_servable(adapter)
     digest = digest_of(adapter)
     path = artefact_path(cache, digest)

@@ -51,7 +51,7 @@ def _gate_obstacles(gate: Gate) -> Iterator[tuple[str, str]]:
         ("value", (GateValue.PROBABILITY, GateValue.ONE)),
     ):
         if (value := getattr(gate, field)) not in served:
-            yield field, f"{value} is not run yet"
+            yield field, _question(gate) if value is GateKind.TASK else f"{value} is not run yet"
     for field, present in (
         ("bias", gate.bias is not None),
         ("hidden", bool(gate.hidden)),
@@ -66,3 +66,8 @@ def _gate_obstacles(gate: Gate) -> Iterator[tuple[str, str]]:
         gate.expert_map, torch.arange(gate.scored, dtype=gate.expert_map.dtype)
     ):
         yield "expert_map", "only the identity is run yet"
+
+
+def _question(gate: Gate) -> str:
+    """What the user has to say before an adapter for several tasks can be served."""
+    return f'which task? Say it as "task_id", 0 to {gate.weights.shape[0] - 1}, in adapter_config.json (MOELoRA)'

@@ -13,8 +13,13 @@ from loramux_adapters.lowered import LoweredSite
 def gate_values(gate: Gate, x: torch.Tensor) -> torch.Tensor:
     """g [tokens, E'] of a token gate on the site's input x [tokens, d_in]."""
     assert (gate.kind, gate.source) == (GateKind.TOKEN, GateSource.SITE_INPUT)
-    assert (gate.pre, gate.hidden, gate.capacity) == (PreMap.NONE, (), None)
-    scores = x.double() @ gate.weights.double().T
+    assert (gate.hidden, gate.capacity) == ((), None)
+    x = x.double()
+    if gate.pre is PreMap.LAYER_NORM:
+        x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + gate.pre_eps).sqrt()
+    else:
+        assert gate.pre is PreMap.NONE
+    scores = x @ gate.weights.double().T
     if gate.bias is not None:
         scores = scores + gate.bias.double()
     scores = (scores.abs() if gate.post is PostMap.ABS else scores) / gate.temperature
@@ -24,11 +29,18 @@ def gate_values(gate: Gate, x: torch.Tensor) -> torch.Tensor:
         # A stable sort keeps equals in order, so the lowest expert comes first.
         best = scores.sort(dim=1, descending=True, stable=True).indices[:, : gate.k]
         chosen = torch.zeros_like(chosen).scatter(1, best, True)
+    elif gate.select is Select.THRESHOLD:
+        chosen = probability >= gate.threshold
+    elif gate.select is Select.ADAPTIVE:
+        tau = gate.tau_max * torch.sigmoid(x @ gate.adaptive_weight.double() + gate.adaptive_bias.double())
+        probability = (probability - tau[:, None]).clamp(min=0)
+        chosen = probability > 0
     else:
         assert gate.select is Select.ALL
     values = (scores if gate.norm is Norm.NONE else probability) * chosen
     if gate.norm is Norm.RENORM:
-        values = values / (values.sum(dim=1, keepdim=True) + gate.eps)
+        total = values.sum(dim=1, keepdim=True) + gate.eps
+        values = torch.where(total > 0, values / total, 0.0)
     if gate.value is GateValue.ONE:
         values = chosen.double()
     if gate.expert_map is None:
@@ -38,14 +50,15 @@ def gate_values(gate: Gate, x: torch.Tensor) -> torch.Tensor:
 
 def site_delta(site: LoweredSite, gates: Any, x: torch.Tensor) -> torch.Tensor:
     """What the site adds to W0 x: [tokens, d_out] for x [tokens, d_in]."""
-    assert site.magnitude is None and site.bias is None and site.carry is None and site.variance is None
+    assert site.magnitude is None and site.carry is None and site.variance is None
     shrunk = x.double() @ site.a.double().T
     rows = torch.arange(site.rank) if site.arow is None else site.arow.long()
     weight = site.scale.double().expand(len(x), -1)
     if site.gate is not None:
         expert = torch.zeros(site.rank, dtype=torch.long) if site.expert is None else site.expert.long()
         weight = weight * gate_values(gates[site.gate], x)[:, expert]
-    return (shrunk[:, rows] * weight) @ site.b.double()
+    delta = (shrunk[:, rows] * weight) @ site.b.double()
+    return delta if site.bias is None else delta + site.bias.double()
 
 
 def logits(model: torch.nn.Module, adapter: LoweredAdapter, tokens: torch.Tensor) -> torch.Tensor:

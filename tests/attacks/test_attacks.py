@@ -14,6 +14,8 @@ from loramux_adapters.weights import open_weights
 
 from ..adapters.checkpoints import BASE, make_tensors, write_adapter
 from .build import ATTACKS, WEIGHTS
+from .build_experts import SOUND_EXPERTS, write_experts
+from .build_folds import SOUND, write_sound
 from .build_native import NAME, write_mixture
 
 
@@ -52,6 +54,16 @@ def test_every_code_is_attacked():
 def test_the_sound_adapter_is_accepted(tmp_path):
     """Otherwise the attacks could be refused for a reason they share."""
     assert len(lower(write_adapter(tmp_path), BASE).sites) == 4
+
+
+@pytest.mark.parametrize("method", SOUND)
+def test_the_sound_folds_are_accepted(tmp_path, method):
+    assert lower(write_sound(tmp_path, method), BASE).method == method
+
+
+@pytest.mark.parametrize("method", SOUND_EXPERTS)
+def test_the_sound_mixtures_and_chains_are_accepted(tmp_path, method):
+    assert lower(write_experts(tmp_path, method), BASE).method == method
 
 
 def test_the_sound_native_file_is_accepted(tmp_path):

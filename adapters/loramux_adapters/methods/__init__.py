@@ -8,11 +8,26 @@ from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterUnsupportedFeature, shown
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.lowered import LoweredAdapter
+from loramux_adapters.methods.adalora import AdaLora
+from loramux_adapters.methods.chain import Chain
+from loramux_adapters.methods.dora_dynamic import DoraDynamic
 from loramux_adapters.methods.hydralora import HydraLora
 from loramux_adapters.methods.lora import Lora
+from loramux_adapters.methods.lora_bias import LoraBias
+from loramux_adapters.methods.lorahub import LoraHub
+from loramux_adapters.methods.malora import Malora
+from loramux_adapters.methods.melora import Melora
 from loramux_adapters.methods.moe_peft import MoePeft
+from loramux_adapters.methods.moelora import MoeLora
 from loramux_adapters.methods.mola import Mola
+from loramux_adapters.methods.mole import Mole
+from loramux_adapters.methods.multilora import MultiLora
 from loramux_adapters.methods.native import Native
+from loramux_adapters.methods.phatgoose import Phatgoose
+from loramux_adapters.methods.recognised import MILORA, MTTL, XLORA
+from loramux_adapters.methods.reslora import ResLora
+from loramux_adapters.methods.sira import Sira
+from loramux_adapters.methods.vera import Vera
 from loramux_adapters.native import METADATA_KEY
 
 Checkpoint = TypeVar("Checkpoint")
@@ -37,7 +52,30 @@ class Method(Protocol[Checkpoint]):
         """The checks on the result, at least those of `loramux_adapters.verify`."""
 
 
-METHODS: Sequence[Method[Any]] = (Native(), Lora(), Mola(), HydraLora(), MoePeft())
+METHODS: Sequence[Method[Any]] = (
+    Native(),
+    Lora(),
+    AdaLora(),
+    Chain(),
+    DoraDynamic(),
+    HydraLora(),
+    LoraBias(),
+    LoraHub(),
+    Malora(),
+    Melora(),
+    MILORA,
+    MoeLora(),
+    MoePeft(),
+    Mola(),
+    Mole(),
+    MTTL,
+    MultiLora(),
+    Phatgoose(),
+    ResLora(),
+    Sira(),
+    Vera(),
+    XLORA,
+)
 
 
 def find_method(folder: AdapterFolder) -> Method[Any]:
@@ -54,6 +92,6 @@ def find_method(folder: AdapterFolder) -> Method[Any]:
     peft_type = folder.read_json("adapter_config.json").get("peft_type")
     raise AdapterUnsupportedFeature(
         f"adapter_config.json: peft_type is {shown(peft_type)}.",
-        hint=f"Methods served: {', '.join(method.name for method in METHODS)}.",
+        hint=f"Methods served: {', '.join(method.name for method in METHODS if method.abilities.serve)}.",
         field="peft_type",
     )

@@ -10,7 +10,6 @@ and the config field `lora_nums`. That its files put `base_model.model.` before 
 time did, could not be confirmed from its source; names without it are read too.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loramux_adapters.abilities import Abilities
@@ -18,19 +17,18 @@ from loramux_adapters.base_model import BaseModel
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.gate import Gate, Norm, Select
 from loramux_adapters.lowered import LoweredAdapter
-from loramux_adapters.methods.lora import CONFIG_FILE, WEIGHTS_FILE, peft_config
+from loramux_adapters.methods.lora import CONFIG_FILE, peft_config
 from loramux_adapters.mixture import token_site
 from loramux_adapters.peft import checks, experts
-from loramux_adapters.peft.targets import Targets
+from loramux_adapters.peft.sites import Part, Sites, read_sites
 from loramux_adapters.peft.tensors import PREFIX
 from loramux_adapters.verify import verify
-from loramux_adapters.weights import open_weights
 
-_LAYOUT = experts.Layout(
-    a=PREFIX + "{module}.lora_A.weight",
-    b=PREFIX + "{module}.lora_B{expert}.weight",
-    router=PREFIX + "{module}.lora_route.weight",
-)
+_LAYOUT = {
+    "a": Part(PREFIX + "{module}.lora_A.weight", "RI"),
+    "b": Part(PREFIX + "{module}.lora_B{index}.weight", "OR"),
+    "router": Part(PREFIX + "{module}.lora_route.weight", "EI"),
+}
 # Beside `lora_nums`: weights of a training loss, and a switch that its forward pass does not read.
 _OWN_FIELDS = frozenset({"lora_nums", "blc_alpha", "blc_weight", "merge_weights"})
 _HINT = "Give it as it was in training."
@@ -38,9 +36,9 @@ _HINT = "Give it as it was in training."
 
 @dataclass(frozen=True)
 class HydraLoraCheckpoint:
-    modules: Mapping[str, experts.Mixture]
+    sites: Sites
+    rank: int
     alpha: float
-    warnings: tuple[str, ...]
 
 
 class HydraLora:
@@ -57,27 +55,16 @@ class HydraLora:
         raw = folder.read_json(CONFIG_FILE)
         rank, number = experts.count(raw, "r", _HINT), experts.count(raw, "lora_nums", _HINT)
         config = experts.parse_shared_fields(raw, _OWN_FIELDS, rank)
-        checks.check_folder(folder)
-        targets = Targets(config)
-        with open_weights(folder, WEIGHTS_FILE) as weights:
-            found = experts.group(weights.tensors, _LAYOUT, experts.with_prefix)
-            names = {module: experts.resolve(part, _LAYOUT, module, number) for module, part in found.items()}
-            pairs = {module: part.experts[0] for module, part in names.items()}
-            checks.check_modules(pairs, targets, base, config.base_model)
-            ranks = dict.fromkeys(names, rank)
-            experts.check_mixtures(names, weights, ranks, base, config.base_model)
-            modules = {module: experts.read_mixture(part, weights) for module, part in sorted(names.items())}
-        warnings = checks.collect_warnings(folder, config.base_model, targets, base)
-        return HydraLoraCheckpoint(modules, config.lora_alpha, warnings)
+        sites = read_sites(folder, base, config, _LAYOUT, {"R": rank, "E": number}, count=number)
+        return HydraLoraCheckpoint(sites, rank, config.lora_alpha)
 
     def lower(self, checkpoint: HydraLoraCheckpoint, base: BaseModel) -> LoweredAdapter:
         sites, gates = {}, {}
-        for module, part in checkpoint.modules.items():
-            rank = part.a[0].shape[0]
-            scale = checks.rank_scale(module, rank, checkpoint.alpha, checkpoint.alpha / rank)
-            sites[module] = token_site(part.a, part.b, [scale] * len(part.b), gate=module)
-            gates[module] = Gate(part.router, select=Select.ALL, norm=Norm.SOFTMAX)
-        return LoweredAdapter(self.name, sites, checkpoint.warnings, gates=gates)
+        for module, part in checkpoint.sites.modules.items():
+            scale = checks.rank_scale(module, checkpoint.rank, checkpoint.alpha, checkpoint.alpha / checkpoint.rank)
+            sites[module] = token_site(part["a"], part["b"], [scale] * len(part["b"]), gate=module)
+            gates[module] = Gate(part["router"][0], select=Select.ALL, norm=Norm.SOFTMAX)
+        return LoweredAdapter(self.name, sites, checkpoint.sites.warnings, gates=gates)
 
     def verify(self, adapter: LoweredAdapter, base: BaseModel) -> None:
         verify(adapter, base)

@@ -51,9 +51,11 @@ class Lora:
 
     def detect(self, folder: AdapterFolder) -> bool:
         config = peft_config(folder)
-        # Forks of PEFT keep its type for their mixtures of experts; these fields tell them apart.
-        forked = isinstance(config.get("r"), list) or any(config.get(name) for name in ("lora_nums", "number_experts"))
-        return config.get("peft_type") == "LORA" and not forked
+        # Forks of PEFT keep its type for their mixtures of experts; these fields tell them apart. PEFT's own variants
+        # that are methods here have theirs too.
+        others = ("lora_nums", "number_experts", "lora_bias")
+        other = isinstance(config.get("r"), list) or any(config.get(name) for name in others)
+        return config.get("peft_type") == "LORA" and not other
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> LoraCheckpoint:
         config = parse_config(folder.read_json(CONFIG_FILE))
@@ -86,5 +88,5 @@ class Lora:
 
 
 def peft_config(folder: AdapterFolder) -> dict[str, Any]:
-    """The folder's adapter_config.json; empty for a single file, which is none of PEFT's or its forks' layouts."""
-    return {} if folder.only is not None else folder.read_json(CONFIG_FILE)
+    """The folder's adapter_config.json; empty for a single file or without it: none of PEFT's or its forks' layouts."""
+    return folder.read_json(CONFIG_FILE) if folder.only is None and folder.has(CONFIG_FILE) else {}

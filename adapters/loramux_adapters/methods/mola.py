@@ -10,6 +10,10 @@ The tensors are those of the authors' code (GCYZSL/MoLA, read at 4c7324d): `<mod
 Its adapter_config.json is PEFT's with `r` as a list over layers. It holds neither the number of experts, which the
 routers show, nor k: `top_k` must be added by hand, a number or a list over layers. `number_experts` may be added: it is
 checked.
+
+HILO (arXiv 2502.03884) lets the rank and k differ per layer as well as the number of experts, and compares itself with
+MoLA. It published no code and no layout; what its gate computes and the scale are read as MoLA's, the most likely
+reading, with r, number_experts and top_k as lists over layers. `peft_type: "HILO"` says that it is meant.
 """
 
 from collections.abc import Mapping
@@ -60,11 +64,12 @@ class Mola:
     """The layout of MoLA's authors."""
 
     name = "mola"
-    abilities = Abilities(read="LoRA experts as MoLA's authors save them", router="token")
+    abilities = Abilities(read="LoRA experts as MoLA's authors save them; HILO", router="token")
 
     def detect(self, folder: AdapterFolder) -> bool:
         raw = peft_config(folder)
-        return raw.get("peft_type") == "LORA" and (isinstance(raw.get("r"), list) or bool(raw.get("number_experts")))
+        marked = isinstance(raw.get("r"), list) or bool(raw.get("number_experts"))
+        return raw.get("peft_type") == "HILO" or (raw.get("peft_type") == "LORA" and marked)
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> MolaCheckpoint:
         raw = folder.read_json(CONFIG_FILE)

@@ -1,7 +1,8 @@
 """Checks of a PEFT LoRA checkpoint against its base model, on names and shapes: before any weight is read."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -24,6 +25,7 @@ from loramux_adapters.weights import TensorInfo
 _REFUSED_FILES = {
     "new_embeddings.safetensors": "Added token embeddings cannot be shared by other adapters.",
     "adapter_model.safetensors.index.json": "Save the adapter as one adapter_model.safetensors.",
+    "xlora_config.json": "X-LoRA mixes the adapters of this folder, which is not served. Serve them one by one.",
 }
 _TOKENISER_FILES = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "chat_template.jinja")
 
@@ -33,6 +35,12 @@ def check_folder(folder: AdapterFolder) -> None:
     for name, hint in _REFUSED_FILES.items():
         if folder.has(name):
             raise AdapterUnsupportedFeature(f"The folder holds {shown(name)}.", hint=hint, field=name)
+    if folder.has("adapter_config.json") and folder.has("reslora_config.json"):
+        raise AdapterUnsupportedFeature(
+            "The folder holds 'reslora_config.json' and 'adapter_config.json'.",
+            hint="ResLoRA links layers and PEFT does not: keep the one that is meant.",
+            field="reslora_config.json",
+        )
 
 
 def check_modules(pairs: Mapping[str, Pair], targets: Targets, base: BaseModel, trained_on: str | None) -> None:
@@ -60,10 +68,19 @@ def check_modules(pairs: Mapping[str, Pair], targets: Targets, base: BaseModel, 
         )
     if missing := sorted(targeted - pairs.keys()):
         raise AdapterMissingTensor(
-            f"adapter_config.json targets {shown(missing[0])}, which has no tensors ({len(missing)} such).",
+            f"The config targets {shown(missing[0])}, which has no tensors ({len(missing)} such).",
             hint="Save the adapter again; or, if these modules were not trained, name them in exclude_modules.",
             field=missing[0],
         )
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The shape that a tensor must have. `width` is the base model's number in it, if there is one."""
+
+    name: str
+    shape: tuple[int, ...]
+    width: int | None = None
 
 
 def check_shapes(
@@ -74,24 +91,32 @@ def check_shapes(
     trained_on: str | None,
 ) -> None:
     """A must be [r, d_in] and B [d_out, r], with r from the config and the widths from the base."""
-    wrong = []
+    expected = {}
     for module, pair in pairs.items():
         rank, (d_in, d_out) = ranks[module], base.linears[module]
-        for name, expected in ((pair.a, (rank, d_in)), (pair.b, (d_out, rank))):
-            if tensors[name].shape != expected:
-                wrong.append((module, name, expected))
+        expected[module] = [Expected(pair.a, (rank, d_in), d_in), Expected(pair.b, (d_out, rank), d_out)]
+    check_expected(expected, tensors, base, trained_on)
+
+
+def check_expected(
+    expected: Mapping[str, Sequence[Expected]],
+    tensors: Mapping[str, TensorInfo],
+    base: BaseModel,
+    trained_on: str | None,
+) -> None:
+    """Every tensor has its shape. It is another base model's adapter if no module's tensors have this base's widths."""
+    wrong = [part for parts in expected.values() for part in parts if tensors[part.name].shape != part.shape]
     if not wrong:
         return
-    _, name, expected = wrong[0]
-    shape = tensors[name].shape
-    if all(_has_other_widths(base.linears[module], pair, tensors) for module, pair in pairs.items()):
-        raise _wrong_base(base, trained_on, f"needs {expected} for {shown(name)}, which has {shape}", name)
-    hint = "The rank comes from r and rank_pattern, the widths from the base model: correct what does not fit."
-    if shape == expected[::-1]:
-        hint = "It looks transposed: PEFT stores A as [r, d_in] and B as [d_out, r]."
-    elif len(shape) != 2 or 0 in shape:
+    name, shape = wrong[0].name, tensors[wrong[0].name].shape
+    if all(any(_has_other_width(part, tensors) for part in parts) for parts in expected.values()):
+        raise _wrong_base(base, trained_on, f"needs {wrong[0].shape} for {shown(name)}, which has {shape}", name)
+    hint = "The rank comes from the config (r, rank_pattern), the widths from the base: correct what does not fit."
+    if shape == wrong[0].shape[::-1]:
+        hint = "It looks transposed: store it as it is expected here."
+    elif len(shape) != len(wrong[0].shape) or 0 in shape:
         hint = "It looks like a shard: gather the parameters before saving (DeepSpeed ZeRO-3, FSDP)."
-    raise AdapterShapeMismatch(f"{shown(name)} has shape {shape}, not {expected}.", hint=hint, field=name)
+    raise AdapterShapeMismatch(f"{shown(name)} has shape {shape}, not {wrong[0].shape}.", hint=hint, field=name)
 
 
 def rank_scale(module: str, rank: int, alpha: float, scale: float) -> torch.Tensor:
@@ -123,10 +148,11 @@ def collect_warnings(
     return tuple(warnings)
 
 
-def _has_other_widths(widths: tuple[int, int], pair: Pair, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether a factor is a matrix without the base's width on either axis: no wrong rank can explain that."""
-    shapes = (tensors[pair.a].shape, tensors[pair.b].shape)
-    return any(len(shape) == 2 and width not in shape for shape, width in zip(shapes, widths, strict=True))
+def _has_other_width(part: Expected, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether no axis has the base's width, though it is no shard: no wrong rank can explain that."""
+    shape = tensors[part.name].shape
+    whole = len(shape) == len(part.shape) and 0 not in shape
+    return part.width is not None and whole and part.width not in shape
 
 
 def _layer_beyond(module: str, base: BaseModel) -> bool:

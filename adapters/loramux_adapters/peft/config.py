@@ -1,7 +1,7 @@
 """adapter_config.json of a PEFT LoRA: every key is used, known to be harmless, or refused by name."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ _REFUSED = {
     "arrow_config": "Arrow routing over several adapters is not served from this field. Serve them one by one.",
     "kasa_config": f"KaSA changes the base model's weights. {_MERGE}",
     "layer_replication": f"The adapter belongs to a model with repeated layers. {_MERGE}",
-    "lora_bias": f"A bias on B is not served yet. {_RETRAIN}",
+    "lora_bias": f"A bias on B is known for plain LoRA only. {_RETRAIN}",
     "megatron_config": "Convert the adapter to Hugging Face module names and a config without this field.",
     "modules_to_save": f"Whole modules trained beside LoRA cannot be shared by other adapters. {_MERGE}",
     "monteclora_config": "Sampled adapter weights are not read from this field yet.",
@@ -76,9 +76,7 @@ _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 def parse_config(raw: Mapping[str, Any]) -> LoraConfig:
     """Check every key of the config. Raises AdapterConfigInvalid or AdapterUnsupportedFeature naming the field."""
-    for field, value in raw.items():
-        if field not in _USED and field not in _HARMLESS:
-            _refuse_unless_empty(field, value)
+    refuse_unknown(raw, _USED | _HARMLESS)
     if raw.get("bias", "none") not in ("none", None):
         raise _unsupported("bias", raw["bias"], f"Trained biases cannot be shared by other adapters. {_MERGE}")
     _check_init(raw.get("init_lora_weights", True))
@@ -104,6 +102,13 @@ def parse_config(raw: Mapping[str, Any]) -> LoraConfig:
         layers_pattern=pattern,
         base_model=base or None,
     )
+
+
+def refuse_unknown(raw: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises AdapterUnsupportedFeature for a field that is not known, unless it is null, false or empty."""
+    for field, value in raw.items():
+        if field not in known:
+            _refuse_unless_empty(field, value)
 
 
 def _refuse_unless_empty(field: str, value: Any) -> None:

@@ -16,6 +16,7 @@ from loramux_adapters.errors import (
     AdapterUnsupportedFeature,
     shown,
 )
+from loramux_adapters.gate import Norm
 from loramux_adapters.peft import checks
 from loramux_adapters.peft.config import LoraConfig, parse_config
 from loramux_adapters.peft.tensors import PREFIX, Pair, refuse_tensor
@@ -26,10 +27,9 @@ LATER_FIELDS = ("alpha_pattern", "exclude_modules", "rank_pattern", "use_rslora"
 
 
 class Layout:
-    """How a code base spells the tensors of a site: templates with {module} and, unless shared, {expert}."""
+    """How a code base spells the tensors of a site: templates with {module} and, but for the router, {expert}."""
 
     def __init__(self, a: str, b: str, router: str) -> None:
-        self.shared_a = "{expert}" not in a
         self._templates = {"a": a, "b": b, "router": router}
         self._patterns = {part: _pattern(template) for part, template in self._templates.items()}
 
@@ -55,7 +55,7 @@ class Found:
 
 @dataclass(frozen=True)
 class MixtureNames:
-    """Names of one site's tensors; experts in order, with the same A in each pair where it is shared."""
+    """Names of one site's tensors; experts in order."""
 
     experts: tuple[Pair, ...]
     router: str
@@ -63,7 +63,7 @@ class MixtureNames:
 
 @dataclass(frozen=True)
 class Mixture:
-    """One site's part of the checkpoint: A_e [r, d_in], or one shared; B_e [d_out, r]; router [E, d_in]."""
+    """One site's part of the checkpoint: A_e [r, d_in]; B_e [d_out, r]; router [E, d_in]."""
 
     a: tuple[torch.Tensor, ...]
     b: tuple[torch.Tensor, ...]
@@ -101,9 +101,9 @@ def resolve(found: Found, layout: Layout, module: str, experts: int) -> MixtureN
     pairs = []
     for expert in range(experts):
         for part, slots in (("a", found.a), ("b", found.b)):
-            if (0 if part == "a" and layout.shared_a else expert) not in slots:
+            if expert not in slots:
                 raise _missing(layout.spell(part, module, expert), f"The mixture has {experts} experts.")
-        pairs.append(Pair(found.a[0 if layout.shared_a else expert], found.b[expert]))
+        pairs.append(Pair(found.a[expert], found.b[expert]))
     for expert, name in sorted((found.a | found.b).items()):
         if expert >= experts:
             raise AdapterUnknownTensor(
@@ -138,10 +138,8 @@ def check_mixtures(
 
 
 def read_mixture(names: MixtureNames, weights: WeightsFile) -> Mixture:
-    # A dict drops the repetition of a shared A and keeps the order of the experts.
-    a = dict.fromkeys(pair.a for pair in names.experts)
     return Mixture(
-        tuple(weights.read(name) for name in a),
+        tuple(weights.read(pair.a) for pair in names.experts),
         tuple(weights.read(pair.b) for pair in names.experts),
         weights.read(names.router),
     )
@@ -152,21 +150,48 @@ def parse_shared_fields(
 ) -> LoraConfig:
     """Check what a fork's config shares with PEFT's LoRA: all fields but its `own`; `rank` stands for its `r`.
 
-    A field that is `absent` from the fork must have no value: nobody knows what was trained.
+    A field that is `absent` from the fork must have no value, see `refuse_absent`.
     """
-    for name in absent:
+    refuse_absent(raw, absent)
+    return parse_config({key: value for key, value in raw.items() if key not in own} | {"r": rank})
+
+
+def refuse_absent(raw: Mapping[str, Any], fields: Collection[str]) -> None:
+    """Fields that the code base does not read must have no value: nobody knows what was trained."""
+    for name in fields:
         if raw.get(name):
             raise AdapterUnsupportedFeature(
-                f"adapter_config.json: {name} is {shown(raw[name])}, which this code base does not have.",
+                f"adapter_config.json: {name} is {shown(raw[name])}, which this code base does not read.",
                 hint="Remove the field if it played no part in training.",
                 field=name,
             )
-    return parse_config({key: value for key, value in raw.items() if key not in own} | {"r": rank})
 
 
 def count(raw: Mapping[str, Any], name: str, hint: str) -> int:
     """A positive integer of the config."""
     return _natural(raw.get(name), raw, name, hint)
+
+
+def gate_norm(raw: Mapping[str, Any]) -> Norm:
+    """The field `gate_norm` of the formats that are our own: what becomes of the selected probabilities."""
+    value = raw.get("gate_norm", "renorm")
+    if value in ("renorm", "softmax"):
+        return Norm(value)
+    raise AdapterConfigInvalid(
+        f"adapter_config.json: gate_norm is {shown(value)}.",
+        hint='Give "renorm" to divide by their sum, or "softmax".',
+        field="gate_norm",
+    )
+
+
+def share(raw: Mapping[str, Any], name: str, hint: str) -> float:
+    """A number of the config above 0 and at most 1."""
+    value = raw.get(name)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
+        return float(value)
+    raise AdapterConfigInvalid(
+        f"adapter_config.json: {name} must be above 0 and at most 1, not {shown(value)}.", hint=hint, field=name
+    )
 
 
 def per_layer(raw: Mapping[str, Any], name: str, layer: int, hint: str) -> int:
@@ -183,12 +208,12 @@ def layer_of(module: str) -> int:
     return int(match[1]) if match else 0
 
 
-def check_top_k(k: int, experts: int, where: str) -> None:
+def check_top_k(k: int, experts: int, where: str, field: str = "top_k") -> None:
     if k > experts:
         raise AdapterConfigInvalid(
-            f"adapter_config.json: top_k is {k}, but {where} has {experts} experts.",
-            hint="Correct top_k as it was in training.",
-            field="top_k",
+            f"adapter_config.json: {field} is {k}, but {where} has {experts} experts.",
+            hint="Correct it as it was in training.",
+            field=field,
         )
 
 

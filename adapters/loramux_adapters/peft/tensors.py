@@ -32,7 +32,7 @@ _REFUSED = {
     ".trainable_tokens_delta": ("trained token embeddings", _MERGE),
     ".token_adapter": ("trained token embeddings", _MERGE),
     ".modules_to_save": ("a module trained beside LoRA", _MERGE),
-    ".lora_E": ("a part of an AdaLoRA adapter", "AdaLoRA is not served yet."),
+    ".lora_E": ("a part of an AdaLoRA adapter", "Its config must say so: peft_type ADALORA."),
     ".lora_velora": ("training state of VeLoRA", "Remove it from the file: it plays no part in the result."),
 }
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from loramux_adapters import BaseModel, LoweredAdapter
+
+from ..form import logits
 
 CONFIGS = {
     "llama": LlamaConfig(
@@ -37,11 +39,15 @@ class Reference:
         self.tokens = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-        """Let PEFT make an adapter, give every factor random values and save it."""
+        """Let PEFT make a LoRA, give every factor random values and save it."""
+        return self.save_config(folder, LoraConfig(**options), dtype)
+
+    def save_config(self, folder: Path, config: PeftConfig, dtype: torch.dtype = torch.float32) -> Path:
+        """The same for any adapter whose parameters are called lora_… or vera_lambda_…"""
         torch.manual_seed(2)
-        adapted = get_peft_model(deepcopy(self.model), LoraConfig(**options), autocast_adapter_dtype=False)
+        adapted = get_peft_model(deepcopy(self.model), config, autocast_adapter_dtype=False)
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "vera_lambda_" in name:
                 parameter.data = torch.randn(parameter.shape).mul_(0.3).to(dtype)
         adapted.save_pretrained(folder)
         return folder
@@ -60,6 +66,18 @@ class Reference:
         assert seen == set(adapter.sites)
         with torch.no_grad():
             return loaded(self.tokens).logits
+
+    def library_logits(self, folder: Path) -> torch.Tensor:
+        """Logits of the adapter in float64 as PEFT loads it and scales it."""
+        loaded = PeftModel.from_pretrained(deepcopy(self.model), folder, autocast_adapter_dtype=False)
+        with torch.no_grad():
+            return loaded.double().eval()(self.tokens).logits
+
+    def assert_same(self, adapter: LoweredAdapter, expected: torch.Tensor) -> None:
+        """The lowered form gives these logits, up to float32 rounding of what was folded; they are not the base's."""
+        size = expected.abs().max()
+        assert (logits(self.model, adapter, self.tokens) - expected).abs().max() < 1e-6 * size
+        assert (self.base_logits() - expected).abs().max() > 1e-3 * size
 
     def lowered_logits(self, adapter: LoweredAdapter) -> torch.Tensor:
         """Logits of the base model with y_t += Σ_j scale[j]·(a[j]·x_t)·b[j] added at each site."""

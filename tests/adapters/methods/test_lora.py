@@ -117,7 +117,6 @@ def test_only_a_converted_pissa_adapter_is_served(reference, tmp_path):
     ("options", "field"),
     [
         ({"use_dora": True}, "use_dora"),
-        ({"lora_bias": True}, "lora_bias"),
         ({"bias": "all"}, "bias"),
         ({"bias": "lora_only"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),

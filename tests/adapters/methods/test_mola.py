@@ -101,6 +101,22 @@ def test_all_spellings_mean_the_same(tmp_path):
         assert digest_of(lower(write_adapter(tmp_path / name, config, tensors), BASE)) == plain
 
 
+def test_hilo_is_mola_with_lists(tmp_path):
+    """Experts, rank and k by layer: the same adapter as with `peft_type: LORA`, whether r is a list or a number."""
+    config = make_config(peft_type="HILO", number_experts=EXPERTS)
+    folder = write_adapter(tmp_path / "hilo", config, make_tensors())
+    assert [method.name for method in METHODS if method.detect(AdapterFolder(folder))] == ["mola"]
+    adapter = lower(folder, BASE)
+    assert digest_of(adapter) == digest_of(lower(write_adapter(tmp_path / "mola", make_config(), make_tensors()), BASE))
+    for module, site in adapter.sites.items():
+        layer = int(module.split(".")[2])
+        assert adapter.gates[site.gate].k == TOP_K[layer] and site.rank == EXPERTS[layer] * RANKS[layer]
+    same = make_config(peft_type="HILO", r=4)
+    first = {name: tensor for name, tensor in make_tensors().items() if "layers.0." in name}
+    same["target_modules"] = r".*layers\.0\..*(q|down)_proj"
+    assert lower(write_adapter(tmp_path / "number", same, first), BASE).method == "mola"
+
+
 def test_one_number_for_all_layers(tmp_path):
     tensors = {name: tensor for name, tensor in make_tensors().items() if "layers.0." in name}
     config = make_config(r=4, top_k=1, number_experts=2, target_modules=r".*layers\.0\..*(q|down)_proj")
@@ -142,6 +158,9 @@ LAST_DOWN = "base_model.model.model.layers.1.mlp.down_proj.lora_B_4.weight"
         ({"top_k": ...}, None, "adapter_config_invalid", "top_k"),
         ({"top_k": 3}, None, "adapter_config_invalid", "top_k"),
         ({"top_k": [2, 0]}, None, "adapter_config_invalid", "top_k"),
+        ({"top_k": [2]}, None, "adapter_config_invalid", "top_k"),
+        ({"top_k": [3, 2]}, None, "adapter_config_invalid", "top_k"),
+        ({"peft_type": "HILO", "top_k": [2, 6]}, None, "adapter_config_invalid", "top_k"),
         ({"top_k": True}, None, "adapter_config_invalid", "top_k"),
         ({"use_rslora": True}, None, "adapter_unsupported_feature", "use_rslora"),
         ({"rank_pattern": {"q_proj": 3}}, None, "adapter_unsupported_feature", "rank_pattern"),

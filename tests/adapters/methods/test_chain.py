@@ -1,0 +1,225 @@
+"""Chains of LoRAs, in folders or in one file, equal the base with every link merged; the rest is refused by name.
+
+No public code saves the links: folders are what PEFT writes, the rest is what `loramux_adapters.methods.chain` defines.
+"""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+
+from loramux_adapters import AdapterError, BaseModel, check_servable, lower
+from loramux_adapters.files import AdapterFolder
+from loramux_adapters.methods import METHODS
+
+from ..checkpoints import BASE, make_config, make_tensors, write_adapter
+from ..form import logits, site_delta
+from ..hooks import hooked_logits
+from .refusals import assert_refused, drop, poison, put
+
+RANK, LENGTH, ALPHA = 2, 4, 6
+SITE = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def write_chain(folder, parts, **config):
+    """parts: folder name -> (config, tensors) of a PEFT LoRA."""
+    for name, (part, tensors) in parts.items():
+        write_adapter(folder / name, part, tensors)
+    chain = {"peft_type": "CHAIN", "adapters": list(parts)} | config
+    (folder / "adapter_config.json").write_text(json.dumps(chain))
+    return folder
+
+
+def two_links(**config):
+    second = make_config(r=3, target_modules=["q_proj", "up_proj"], use_rslora=True)
+    ranks = dict.fromkeys(BASE.linears, 3)
+    return {
+        "first": (make_config(**config), make_tensors()),
+        "second": (second, make_tensors(targets=("q_proj", "up_proj"), ranks=ranks, seed=1)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["CHAIN", "COLA", "RACLORA", "XGBLORA"])
+def test_folders_give_the_logits_of_peft_with_every_link_merged(tmp_path, reference, kind):
+    tiny = reference("llama")
+    options = {
+        "a": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]},
+        "b": {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+        "c": {"r": 1, "lora_alpha": 1, "target_modules": ["down_proj"], "layers_to_transform": [1]},
+    }
+    model = deepcopy(tiny.model).double()
+    for name, part in options.items():
+        tiny.save(tmp_path / name, **part)
+        model = PeftModel.from_pretrained(model, tmp_path / name, autocast_adapter_dtype=False).double()
+        model = model.merge_and_unload()
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "adapters": list(options)}))
+    adapter = lower(tmp_path, tiny.base)
+    check_servable(adapter)
+    assert adapter.method == "chain" and adapter.ranks["model.layers.1.mlp.down_proj"] == 5
+    with torch.no_grad():
+        expected = model(tiny.tokens).logits
+    # The second link's scale is no float32 number.
+    assert (logits(tiny.model, adapter, tiny.tokens) - expected).abs().max() < 1e-5
+    assert (expected - tiny.base_logits()).abs().max() > 1e-1
+
+
+def file_config(**changes):
+    config = {"peft_type": "XGBLORA", "r": RANK, "lora_alpha": ALPHA, "length": LENGTH}
+    return config | {"target_modules": ["q_proj", "k_proj", "down_proj"]} | changes
+
+
+def file_tensors(base=BASE, rank=RANK, length=LENGTH, dtype=torch.float32, seed=0):
+    """Every link trains two of three layers, as XGBLoRA's rounds do."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = [m for m in base.linears if m.endswith(("q_proj", "k_proj", "down_proj"))]
+    tensors = {}
+    for link in range(length):
+        for i, module in enumerate(modules):
+            if (i + link) % 3 == 0 and len(modules) > 1:
+                continue
+            d_in, d_out = base.linears[module]
+            for factor, shape in (("A", (rank, d_in)), ("B", (d_out, rank))):
+                value = torch.randn(shape, generator=generator).mul(0.3).to(dtype)
+                tensors[f"base_model.model.{module}.lora_{factor}.{link}.weight"] = value
+    return tensors
+
+
+def file_delta(tensors, module, x, scales):
+    total = 0
+    for link, scale in enumerate(scales):
+        a, b = (tensors.get(f"base_model.model.{module}.lora_{factor}.{link}.weight") for factor in "AB")
+        if a is not None:
+            total = total + scale * (x.double() @ a.double().T) @ b.double().T
+    return total
+
+
+@pytest.mark.parametrize("weights", [None, [1, 0.5, -2, 0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_file_has_the_logits_of_the_sum(tmp_path, reference, weights, dtype):
+    tiny = reference("llama")
+    tensors = file_tensors(tiny.base, dtype=dtype)
+    adapter = lower(write_adapter(tmp_path, file_config(weights=weights), tensors), tiny.base)
+    check_servable(adapter)
+    scales = [ALPHA / RANK * weight for weight in weights or [1] * LENGTH]
+    deltas = {module: lambda x, module=module: file_delta(tensors, module, x, scales) for module in adapter.sites}
+    expected = hooked_logits(tiny.model, deltas, tiny.tokens)
+    assert len(deltas) == 6 and len(set(adapter.ranks.values())) > 1
+    assert (logits(tiny.model, adapter, tiny.tokens) - expected).abs().max() < 1e-9
+    assert (expected - tiny.base_logits()).abs().max() > 1e-3
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 20), st.integers(1, 20), st.integers(0, 999))
+def test_any_shape(tmp_path_factory, rank, length, d_in, d_out, seed):
+    base = BaseModel("tiny", {"model.layers.0.self_attn.q_proj": (d_in, d_out)})
+    tensors = file_tensors(base, rank, length, seed=seed)
+    config = file_config(r=rank, length=length, target_modules=["q_proj"])
+    adapter = lower(write_adapter(tmp_path_factory.mktemp("chain"), config, tensors), base)
+    ((module, site),) = adapter.sites.items()
+    assert site.rank == rank * length
+    x = torch.randn(5, d_in, generator=torch.Generator().manual_seed(seed + 1))
+    expected = file_delta(tensors, module, x, [ALPHA / rank] * length)
+    torch.testing.assert_close(site_delta(site, {}, x), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_weights_of_folders_multiply_their_scale(tmp_path):
+    plain = lower(write_chain(tmp_path / "plain", two_links()), BASE)
+    weighted = lower(write_chain(tmp_path / "weighted", two_links(), weights=[2, 0.5]), BASE)
+    for module, site in plain.sites.items():
+        factors = [2.0] * 4 * module.endswith(("q_proj", "down_proj")) + [0.5] * 3 * module.endswith(
+            ("q_proj", "up_proj")
+        )
+        assert torch.equal(weighted.sites[module].scale, site.scale * torch.tensor(factors))
+
+
+@pytest.mark.parametrize(
+    "write", [lambda f: write_chain(f, two_links()), lambda f: write_adapter(f, file_config(), {})]
+)
+def test_exactly_one_method_claims_the_folder(tmp_path, write):
+    folder = AdapterFolder(write(tmp_path))
+    assert [method.name for method in METHODS if method.detect(folder)] == ["chain"]
+
+
+def test_a_link_of_the_hub_cache_may_lead_to_its_blobs(tmp_path):
+    snapshot, blobs = tmp_path / "models--x--y/snapshots/0123", tmp_path / "models--x--y/blobs"
+    write_chain(snapshot, two_links())
+    blobs.mkdir()
+    (snapshot / "first/adapter_model.safetensors").rename(blobs / "hash")
+    (snapshot / "first/adapter_model.safetensors").symlink_to("../../../blobs/hash")
+    assert len(lower(snapshot, BASE).sites) == 6
+    (blobs / "hash").rename(tmp_path / "outside")
+    (snapshot / "first/adapter_model.safetensors").unlink()
+    (snapshot / "first/adapter_model.safetensors").symlink_to("../../../../outside")
+    with pytest.raises(AdapterError) as refusal:
+        lower(snapshot, BASE)
+    assert refusal.value.code == "adapter_unsafe_file"
+
+
+def test_the_links_are_measured_together(tmp_path):
+    folder = write_chain(tmp_path, two_links())
+    sizes = [(folder / name / "adapter_model.safetensors").stat().st_size for name in ("first", "second")]
+    lower(folder, BASE, max_bytes=sum(sizes))
+    with pytest.raises(AdapterError) as refusal:
+        lower(folder, BASE, max_bytes=sum(sizes) - 1)
+    assert (refusal.value.code, refusal.value.field) == ("adapter_too_large", "second")
+
+
+@pytest.mark.parametrize(
+    ("config", "code", "field"),
+    [
+        ({"adapters": []}, "adapter_config_invalid", "adapters"),
+        ({"adapters": "first"}, "adapter_config_invalid", "adapters"),
+        ({"adapters": ["first", "first"]}, "adapter_config_invalid", "adapters"),
+        ({"adapters": ["first", 2]}, "adapter_config_invalid", "adapters"),
+        ({"adapters": ["third"]}, "adapter_not_found", None),
+        ({"adapters": ["first/../second"]}, "adapter_unsafe_file", "first/../second"),
+        ({"adapters": [".."]}, "adapter_unsafe_file", ".."),
+        ({"adapters": ["."]}, "adapter_unsafe_file", "."),
+        ({"adapters": ["/etc"]}, "adapter_unsafe_file", "/etc"),
+        ({"adapters": ["dora"]}, "adapter_unsupported_feature", "use_dora"),
+        ({"adapters": ["mixture"]}, "adapter_unsupported_feature", "mixture"),
+        ({"weights": [1]}, "adapter_config_invalid", "weights"),
+        ({"weights": [1, "2"]}, "adapter_config_invalid", "weights"),
+        ({"weights": [1, 1e-60]}, "adapter_config_invalid", "weights"),
+        ({"weights": [0, 0]}, "adapter_no_effect", None),
+        ({"length": 2}, "adapter_config_invalid", "adapters"),
+        ({"r": 4}, "adapter_unsupported_feature", "r"),
+    ],
+)
+def test_wrong_folders_are_refused(tmp_path, config, code, field):
+    folder = write_chain(tmp_path, two_links(), **config)
+    write_adapter(folder / "dora", make_config(use_dora=True))
+    write_adapter(folder / "mixture", make_config(number_experts=2))
+    with pytest.raises(AdapterError) as refusal:
+        lower(folder, BASE)
+    assert refusal.value.code == code
+    assert field is None or refusal.value.field == field
+
+
+A1 = f"{SITE}.lora_A.1.weight"
+ONE_LINK = [f"base_model.model.{m}.lora_{f}.3.weight" for m in BASE.linears for f in "AB"]
+
+
+@pytest.mark.parametrize(
+    ("config", "spoil", "code", "field"),
+    [
+        ({"length": None}, None, "adapter_config_invalid", "length"),
+        ({"length": 3}, None, "adapter_unknown_tensor", None),
+        ({"length": 5}, None, "adapter_missing_tensor", "4"),
+        ({"r": 3}, None, "adapter_shape_mismatch", None),
+        ({"weights": [1, 2]}, None, "adapter_config_invalid", "weights"),
+        ({"rank_pattern": {"q_proj": 2}}, None, "adapter_unsupported_feature", "rank_pattern"),
+        ({"target_modules": ["q_proj"]}, None, "adapter_unknown_tensor", None),
+        ({}, lambda tensors: [tensors.pop(name, None) for name in ONE_LINK], "adapter_missing_tensor", "3"),
+        ({}, drop(A1), "adapter_missing_tensor", A1),
+        ({}, put(A1, RANK, 23), "adapter_shape_mismatch", A1),
+        ({}, put(f"{SITE}.lora_A.weight", RANK, 24), "adapter_unknown_tensor", f"{SITE}.lora_A.weight"),
+        ({}, poison(A1), "adapter_not_finite", None),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, config, spoil, code, field):
+    assert_refused(tmp_path, file_config(**config), file_tensors(), spoil, code, field)

@@ -1,0 +1,145 @@
+"""MALoRA in our format equals its formula whichever side is folded, and the rest is refused by name.
+
+No layout of the authors is public: names and fields are those that `loramux_adapters.methods.malora` defines.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loramux_adapters import AdapterError, BaseModel, check_servable, lower
+from loramux_adapters.files import AdapterFolder
+from loramux_adapters.methods import METHODS
+
+from ..checkpoints import BASE, write_adapter
+from ..form import logits, site_delta
+from ..hooks import hooked_logits
+from .refusals import assert_refused, drop, poison, put
+
+TARGETS = ("q_proj", "up_proj")
+RANK, SHARED, NUMBER, TOP_K, ALPHA = 4, 6, 3, 2, 8
+SITE = "base_model.model.model.layers.0.self_attn.q_proj"
+S, P1, ROUTER = f"{SITE}.lora_S.weight", f"{SITE}.lora_P.1.weight", f"{SITE}.lora_gating.weight"
+
+
+def make_config(**changes):
+    config = {
+        "peft_type": "MALORA",
+        "base_model_name_or_path": "somebody/tiny",
+        "r": RANK,
+        "shared_rank": SHARED,
+        "lora_alpha": ALPHA,
+        "target_modules": list(TARGETS),
+        "num_experts": NUMBER,
+        "top_k": TOP_K,
+    }
+    return config | changes
+
+
+def make_tensors(config, base=BASE, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rank, shared, number, tensors = config["r"], config["shared_rank"], config["num_experts"], {}
+    for module, (d_in, d_out) in base.linears.items():
+        if module.endswith(TARGETS):
+            shapes = {"lora_S": (shared, d_in), "lora_gating": (number, d_in)}
+            for e in range(number):
+                shapes |= {f"lora_P.{e}": (rank, shared), f"lora_B.{e}": (d_out, rank)}
+            for name, shape in shapes.items():
+                value = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+                tensors[f"base_model.model.{module}.{name}.weight"] = value.to(dtype)
+    return tensors
+
+
+def delta(config, tensors, module, x):
+    def part(name):
+        return tensors[f"base_model.model.{module}.{name}.weight"].double()
+
+    x = x.double()
+    best, chosen = (x @ part("lora_gating").T).topk(config["top_k"])
+    g = torch.zeros(len(x), config["num_experts"], dtype=torch.float64).scatter(1, chosen, best.softmax(1))
+    shared, s = x @ part("lora_S").T, config["lora_alpha"] / config["r"]
+    rows = [s * (shared @ part(f"lora_P.{e}").T) @ part(f"lora_B.{e}").T for e in range(config["num_experts"])]
+    return sum(g[:, e : e + 1] * row for e, row in enumerate(rows))
+
+
+@pytest.mark.parametrize("shared", [2, RANK, SHARED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_those_of_the_formula(tmp_path, reference, shared, dtype):
+    tiny = reference("llama")
+    config = make_config(shared_rank=shared)
+    tensors = make_tensors(config, tiny.base, dtype)
+    adapter = lower(write_adapter(tmp_path, config, tensors), tiny.base)
+    check_servable(adapter)
+    for site in adapter.sites.values():
+        # The cheaper lowering: rank s over shared rows, or rank r for every expert.
+        assert site.rank == NUMBER * min(shared, RANK)
+        assert len(site.a) == (shared if shared <= RANK else NUMBER * RANK)
+    deltas = {module: partial(delta, config, tensors, module) for module in adapter.sites}
+    expected = hooked_logits(tiny.model, deltas, tiny.tokens)
+    moved = (expected - tiny.base_logits()).abs().max()
+    assert len(deltas) == 4 and adapter.method == "malora" and moved > 1e-3
+    # One factor is a product that is stored in float32.
+    assert (logits(tiny.model, adapter, tiny.tokens) - expected).abs().max() < 1e-6 * moved
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(1, 20), st.integers(1, 20),
+    st.integers(0, 999), st.data(),
+)  # fmt: skip
+def test_any_shape(tmp_path_factory, rank, shared, number, d_in, d_out, seed, data):
+    base = BaseModel("tiny", {"model.layers.0.self_attn.q_proj": (d_in, d_out)})
+    k = data.draw(st.integers(1, number))
+    config = make_config(r=rank, shared_rank=shared, num_experts=number, top_k=k)
+    tensors = make_tensors(config, base, seed=seed)
+    adapter = lower(write_adapter(tmp_path_factory.mktemp("malora"), config, tensors), base)
+    ((module, site),) = adapter.sites.items()
+    x = torch.randn(5, d_in, generator=torch.Generator().manual_seed(seed + 1))
+    expected = delta(config, tensors, module, x)
+    tolerance = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(site_delta(site, adapter.gates, x), expected, rtol=1e-5, atol=tolerance)
+
+
+def test_what_grows_too_much_when_it_is_multiplied_is_refused(tmp_path):
+    base = BaseModel("wide", {"model.layers.0.self_attn.q_proj": (400, 4)})
+    config = make_config(num_experts=50)
+    folder = write_adapter(tmp_path, config, make_tensors(config, base))
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    assert lower(folder, base, max_bytes=5 * size).rank == 200
+    with pytest.raises(AdapterError) as refusal:
+        lower(folder, base, max_bytes=2 * size)
+    assert refusal.value.code == "adapter_too_large"
+
+
+def test_exactly_one_method_claims_the_folder(tmp_path):
+    folder = AdapterFolder(write_adapter(tmp_path, make_config(), make_tensors(make_config())))
+    assert [method.name for method in METHODS if method.detect(folder)] == ["malora"]
+
+
+@pytest.mark.parametrize(
+    ("config", "spoil", "code", "field"),
+    [
+        ({"shared_rank": None}, None, "adapter_config_invalid", "shared_rank"),
+        ({"shared_rank": 5}, None, "adapter_shape_mismatch", None),
+        ({"r": 5}, None, "adapter_shape_mismatch", None),
+        ({"num_experts": 4}, None, "adapter_missing_tensor", None),
+        ({"num_experts": 2}, None, "adapter_unknown_tensor", None),
+        ({"top_k": 4}, None, "adapter_config_invalid", "top_k"),
+        ({"gate_norm": None}, None, "adapter_config_invalid", "gate_norm"),
+        ({"lora_alpha": 1e-60}, None, "adapter_config_invalid", "lora_alpha"),
+        ({"use_dora": True}, None, "adapter_unsupported_feature", "use_dora"),
+        ({}, drop(S), "adapter_missing_tensor", S),
+        ({}, drop(P1), "adapter_missing_tensor", P1),
+        ({}, drop(ROUTER), "adapter_missing_tensor", ROUTER),
+        ({}, put(S, SHARED, 25), "adapter_shape_mismatch", S),
+        ({}, put(P1, SHARED, RANK), "adapter_shape_mismatch", P1),
+        ({}, put(f"{SITE}.lora_A.0.weight", RANK, 24), "adapter_unknown_tensor", f"{SITE}.lora_A.0.weight"),
+        ({}, poison(P1), "adapter_not_finite", None),
+        ({}, poison(S), "adapter_not_finite", None),
+    ],
+)
+def test_wrong_variants_are_refused(tmp_path, config, spoil, code, field):
+    assert_refused(tmp_path, make_config(**config), make_tensors(make_config()), spoil, code, field)

@@ -1,0 +1,229 @@
+"""MoLE and AdaMoLE equal the loops of their paper, and what cannot be applied is refused by name.
+
+The names are those that zefang-liu/AdaMoLE at 3b05d4a saves: `get_peft_model_state_dict` of its
+`src/utils/save_and_load.py` keeps what has `lora_` in its name and takes `.default` out, of the modules that
+`src/mole/layer.py` and `src/adamole/layer.py` build; `moe_layer` holds the same factors again. The fields are those of
+its `MoleConfig` and `AdaMoleConfig`.
+"""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loramux_adapters import BaseModel, check_servable, lower
+from loramux_adapters.artefact import digest_of
+from loramux_adapters.errors import AdapterUnsupportedFeature
+from loramux_adapters.files import AdapterFolder, unsafe_pickle
+from loramux_adapters.methods import METHODS
+
+from ..checkpoints import BASE, write_adapter
+from ..form import logits, site_delta
+from ..hooks import hooked_logits
+from .refusals import assert_refused, drop, poison, put
+
+TARGETS = ("q_proj", "down_proj")
+RANK, NUMBER, ALPHA = 4, 5, 16
+SITE = "base_model.model.model.layers.1.self_attn.q_proj"
+GATES = {
+    "top_k": {"top_k": 2},
+    "threshold": {"threshold": 0.25},
+    "adaptive": {"peft_type": "ADAMOLE", "max_threshold": None},
+}
+
+
+def make_config(**changes):
+    return {
+        "peft_type": "MOLE",
+        "auto_mapping": None,
+        "base_model_name_or_path": "somebody/tiny",
+        "revision": None,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "lora_rank": RANK,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.05,
+        "bias": "none",
+        "target_modules": list(TARGETS),
+        "init_lora_weights": True,
+        "num_experts": NUMBER,
+    } | changes
+
+
+def make_tensors(config, base=BASE, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rank, number, tensors = config["lora_rank"], config["num_experts"], {}
+    for module, (d_in, d_out) in base.linears.items():
+        if not module.endswith(TARGETS):
+            continue
+        shapes = {"lora_gating.weight": (number, d_in)}
+        for e in range(number):
+            shapes |= {f"lora_A.{e}.weight": (rank, d_in), f"lora_B.{e}.weight": (d_out, rank)}
+        if config["peft_type"] == "ADAMOLE":
+            shapes |= {"lora_threshold.weight": (1, d_in), "lora_threshold.bias": (1,)}
+        place = f"base_model.model.{module}"
+        for name, shape in shapes.items():
+            tensors[f"{place}.{name}"] = (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+        for e in range(number):
+            for factor in "AB":
+                copy = tensors[f"{place}.lora_{factor}.{e}.weight"].clone()
+                tensors[f"{place}.moe_layer.experts.{e}.lora_{factor}.weight"] = copy
+    return tensors
+
+
+def delta(config, tensors, module, x):
+    """Token by token, as the paper's equations have it."""
+    part = {name.split(f"{module}.")[1]: t.double() for name, t in tensors.items() if f".{module}." in f".{name}"}
+    number, rows = config["num_experts"], []
+    for token in x.double():
+        p = torch.softmax(part["lora_gating.weight"] @ token, 0).tolist()
+        if config["peft_type"] == "ADAMOLE":
+            most = config.get("max_threshold") or 1 / number
+            logit = part["lora_threshold.weight"][0] @ token + part["lora_threshold.bias"][0]
+            weights = [max(value - most / (1 + float(torch.exp(-logit))), 0) for value in p]
+        elif config.get("top_k"):
+            best = sorted(range(number), key=lambda e, p=p: -p[e])[: config["top_k"]]
+            weights = [value if e in best else 0 for e, value in enumerate(p)]
+        else:
+            weights = [value if value >= config["threshold"] else 0 for value in p]
+        row = torch.zeros(part["lora_B.0.weight"].shape[0], dtype=torch.float64)
+        for e, weight in enumerate(weights):
+            if weight:
+                up = part[f"lora_B.{e}.weight"] @ (part[f"lora_A.{e}.weight"] @ token)
+                row += weight / sum(weights) * config["lora_alpha"] / config["lora_rank"] * up
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_those_of_the_formula(tmp_path, reference, gate, dtype):
+    tiny = reference("llama")
+    config = make_config(**GATES[gate])
+    tensors = make_tensors(config, tiny.base, dtype)
+    adapter = lower(write_adapter(tmp_path, config, tensors), tiny.base)
+    deltas = {module: partial(delta, config, tensors, module) for module in adapter.sites}
+    expected = hooked_logits(tiny.model, deltas, tiny.tokens)
+    assert len(deltas) == 4 and adapter.method == "mole"
+    assert (expected - tiny.base_logits()).abs().max() > 1e-3
+    assert (logits(tiny.model, adapter, tiny.tokens) - expected).abs().max() < 1e-10
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(sorted(GATES)),
+    st.integers(1, 6),
+    st.integers(2, 6),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.integers(0, 999),
+)
+def test_any_shape(tmp_path_factory, gate, rank, number, d_in, d_out, seed):
+    base = BaseModel("tiny", {"model.layers.0.self_attn.q_proj": (d_in, d_out)})
+    config = make_config(lora_rank=rank, num_experts=number, **GATES[gate])
+    tensors = make_tensors(config, base, seed=seed)
+    adapter = lower(write_adapter(tmp_path_factory.mktemp("mole"), config, tensors), base)
+    ((module, site),) = adapter.sites.items()
+    x = torch.randn(5, d_in, generator=torch.Generator().manual_seed(seed + 1))
+    expected = delta(config, tensors, module, x)
+    assert site.rank == rank * number
+    # The scale is float32.
+    torch.testing.assert_close(site_delta(site, adapter.gates, x), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_exactly_one_method_claims_the_folder(tmp_path):
+    config = make_config(top_k=2)
+    folder = AdapterFolder(write_adapter(tmp_path, config, make_tensors(config)))
+    assert [method.name for method in METHODS if method.detect(folder)] == ["mole"]
+
+
+def test_all_spellings_mean_the_same(tmp_path):
+    config = make_config(**GATES["adaptive"])
+    tensors = make_tensors(config)
+    raw = {
+        name.replace("lora_A.", "lora_A.default.", 1).replace("lora_gating.", "lora_gating.default."): tensor
+        for name, tensor in tensors.items()
+        if "moe_layer" not in name
+    }
+    bare = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    digest = digest_of(lower(write_adapter(tmp_path / "saved", config, tensors), BASE))
+    for name, spelled in (("raw", raw), ("bare", bare)):
+        assert digest_of(lower(write_adapter(tmp_path / name, config, spelled), BASE)) == digest
+    stated = make_config(**GATES["adaptive"] | {"max_threshold": 1 / NUMBER})
+    assert digest_of(lower(write_adapter(tmp_path / "stated", stated, tensors), BASE)) == digest
+
+
+@pytest.mark.parametrize(("gate", "served"), [("top_k", True), ("threshold", True), ("adaptive", False)])
+def test_what_is_served(tmp_path, gate, served):
+    config = make_config(**GATES[gate])
+    adapter = lower(write_adapter(tmp_path, config, make_tensors(config)), BASE)
+    if served:
+        return check_servable(adapter)
+    with pytest.raises(AdapterUnsupportedFeature) as refusal:
+        check_servable(adapter)
+    assert (refusal.value.field or "").endswith(".select")
+
+
+def test_the_command_of_the_hint_converts_the_pickle_that_it_saves(tmp_path, monkeypatch):
+    """Its file holds every factor twice, in one memory, which safetensors does not write."""
+    config = make_config(top_k=2)
+    tensors = make_tensors(config)
+    folder = write_adapter(tmp_path, config, tensors)
+    again = r"moe_layer\.experts\.(\d+)\.(lora_[AB])"
+    shared = {name: tensors[re.sub(again, r"\2.\1", name)] for name in tensors}
+    torch.save(shared, folder / "adapter_model.bin")
+    expected = digest_of(lower(folder, BASE))
+    (folder / "adapter_model.safetensors").unlink()
+    monkeypatch.chdir(folder)
+    hint = unsafe_pickle("adapter_model.bin").hint
+    exec(hint[hint.index('-c "') + 4 : -1])
+    assert digest_of(lower(folder, BASE)) == expected
+
+
+A2, COPY = f"{SITE}.lora_A.2.weight", f"{SITE}.moe_layer.experts.2.lora_A.weight"
+ROUTER, TAU = f"{SITE}.lora_gating.weight", f"{SITE}.lora_threshold.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "spoil", "code", "field"),
+    [
+        ({}, None, "adapter_config_invalid", "top_k"),
+        ({"top_k": 2, "threshold": 0.1}, None, "adapter_config_invalid", "top_k"),
+        ({"top_k": 6}, None, "adapter_config_invalid", "top_k"),
+        ({"threshold": 1.5}, None, "adapter_config_invalid", "threshold"),
+        ({"threshold": True}, None, "adapter_config_invalid", "threshold"),
+        ({"top_k": 2, "lora_rank": None}, None, "adapter_config_invalid", "lora_rank"),
+        ({"top_k": 2, "lora_rank": 5}, None, "adapter_shape_mismatch", None),
+        ({"top_k": 2, "r": 8}, None, "adapter_unsupported_feature", "r"),
+        ({"top_k": 2, "num_experts": 6}, None, "adapter_missing_tensor", None),
+        ({"top_k": 2, "num_experts": 10**12}, None, "adapter_missing_tensor", None),
+        ({"top_k": 2, "num_experts": 4}, None, "adapter_unknown_tensor", None),
+        ({"top_k": 2, "max_threshold": 0.1}, None, "adapter_unsupported_feature", "max_threshold"),
+        ({"top_k": 2, "use_rslora": True}, None, "adapter_unsupported_feature", "use_rslora"),
+        ({"top_k": 2, "lora_alpha": 1e-60}, None, "adapter_config_invalid", "lora_alpha"),
+        ({"top_k": 2, "bias": "all"}, None, "adapter_unsupported_feature", "bias"),
+        ({"top_k": 2, "target_modules": ["q_proj"]}, None, "adapter_unknown_tensor", None),
+        ({"top_k": 2}, drop(ROUTER), "adapter_missing_tensor", ROUTER),
+        ({"top_k": 2}, drop(A2), "adapter_missing_tensor", A2),
+        ({"top_k": 2}, put(ROUTER, NUMBER, 23), "adapter_shape_mismatch", ROUTER),
+        ({"top_k": 2}, put(ROUTER, NUMBER - 1, 24), "adapter_shape_mismatch", ROUTER),
+        ({"top_k": 2}, put(A2, 24, RANK), "adapter_shape_mismatch", A2),
+        ({"top_k": 2}, put(A2, RANK, 24, dtype=torch.float64), "adapter_unsupported_feature", A2),
+        ({"top_k": 2}, put(COPY, RANK, 24), "adapter_unknown_tensor", COPY),
+        ({"top_k": 2}, put(COPY, RANK, 24, dtype=torch.float16), "adapter_unknown_tensor", COPY),
+        ({"top_k": 2}, put(f"{SITE}.lora_A.02.weight", RANK, 24), "adapter_unknown_tensor", f"{SITE}.lora_A.02.weight"),
+        ({"top_k": 2}, put(TAU, 1, 24), "adapter_unknown_tensor", TAU),
+        ({"top_k": 2}, poison(ROUTER), "adapter_not_finite", None),
+        (GATES["adaptive"], drop(TAU), "adapter_missing_tensor", TAU),
+        (GATES["adaptive"], put(TAU, 24), "adapter_shape_mismatch", TAU),
+        (GATES["adaptive"] | {"top_k": 2}, None, "adapter_unsupported_feature", "top_k"),
+        (GATES["adaptive"] | {"max_threshold": 0}, None, "adapter_config_invalid", "max_threshold"),
+        (GATES["adaptive"], poison(f"{SITE}.lora_threshold.bias"), "adapter_not_finite", None),
+    ],
+)  # fmt: skip
+def test_wrong_variants_are_refused(tmp_path, config, spoil, code, field):
+    tensors = make_tensors(make_config(peft_type=config.get("peft_type", "MOLE")))
+    assert_refused(tmp_path, make_config(**config), tensors, spoil, code, field)
