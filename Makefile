@@ -22,22 +22,33 @@ RUNTIME := $(VENV)/.runtime-$(call digest,.lock/torch.txt requirements-cpu.lock)
 PACKAGE := $(VENV)/.package-$(call digest,pyproject.toml serve/loramux/__init__.py)
 TOOLS := $(VENV)/.tools-$(call digest,requirements-test.lock)
 LOCK := $(VENV)/lock
+DESK := adapters/examples/desk.safetensors
+EXPERTS := $(foreach name,spam sarcasm news,$(name)=adapters/examples/$(name))
+PROMETHEUS := $(VENV)/prometheus/usr/bin/prometheus
 
 DEBIAN_PACKAGES := g++ libnuma1 python3.11-dev python3.11-venv
+# Where one is missing, the tests that need it are skipped, but not in CI.
+TEST_PACKAGES := chromium
 
-.PHONY: system help serve install test lint format lock clean
+.PHONY: system help serve install test campaign prometheus lint format lock clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-serve: $(PACKAGE) ## serve BASE, or the default base with the example adapters; PORT=8000, ARGS="flags of loramux serve"
+serve: $(PACKAGE) $(if $(BASE),,$(DESK)) ## serve BASE, or the default base with the example adapters; PORT=8000, ARGS="flags of loramux serve"
 	@exec $(BIN)/loramux serve $(BASE) --port $(PORT) $(if $(BASE),,--adapters adapters/examples) $(ARGS)
 
 install: $(PACKAGE) ## set up .venv and nothing else
 
-test: $(PACKAGE) $(TOOLS) ## every test that needs no GPU; ARGS="flags of pytest"
+test: $(PACKAGE) $(TOOLS) $(DESK) ## every test that needs no GPU; ARGS="flags of pytest"
 	@$(BIN)/loramux prepare
 	@$(BIN)/python -m pytest $(ARGS)
+
+prometheus: $(PROMETHEUS) ## get Debian's Prometheus into .venv: `make test` then tries the dashboard's queries on it
+
+campaign: $(PACKAGE) $(TOOLS) ## minutes of churn, swaps and crashes against a real server; ARGS="flags of pytest"
+	@$(BIN)/loramux prepare
+	@$(BIN)/python -m pytest -m campaign $(ARGS)
 
 lint: $(PACKAGE) $(TOOLS) ## style, types, and which package may import which
 	@$(BIN)/ruff check
@@ -78,10 +89,21 @@ $(RUNTIME): .lock/torch.txt requirements-cpu.lock | system
 	@$(PIP) --no-deps --require-hashes -r requirements-cpu.lock
 	@rm -f $(VENV)/.runtime-* && touch $@
 
+# Unpacked, not installed: the package would start a service. It is one binary and needs no other package.
+DOWNLOAD := apt-get -qq -o APT::Sandbox::User=root download prometheus
+$(PROMETHEUS):
+	@mkdir -p $(VENV)/prometheus
+	@cd $(VENV)/prometheus && rm -f *.deb && { $(DOWNLOAD) 2>/dev/null || { apt-get -qq update && $(DOWNLOAD); }; } \
+		&& dpkg -x *.deb . && rm *.deb
+
 # Installed, not only put on the path: vLLM finds our routes through the package's entry points.
 $(PACKAGE): $(RUNTIME) pyproject.toml serve/loramux/__init__.py
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@rm -f $(VENV)/.package-* && touch $@
+
+# The fourth example is made of the other three. Order-only: made once, and again when the experts change.
+$(DESK): $(wildcard adapters/examples/*/adapter_model.safetensors) | $(PACKAGE)
+	@$(BIN)/loramux adapters compose arrow $(EXPERTS) --top-k 2 --out $@
 
 $(TOOLS): $(RUNTIME) requirements-test.lock
 	@echo 'Installing the test tools'

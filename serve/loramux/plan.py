@@ -10,6 +10,8 @@ from loramux.units import format_bytes
 #: Table rows; a row is 11 KiB for 32 layers. Bytes run out long before.
 SLOTS = 1024
 _MIN_RANK = 256
+#: Adapters that a list for people names one by one.
+LISTED = 32
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class MemoryPlan:
     adapters: dict[str, int]  # name -> bytes in the pool
     max_rank: int
     kv_cache: str
+    unread: int = 0  # adapters whose bytes are not known yet
 
     @property
     def used(self) -> int:
@@ -36,14 +39,22 @@ class MemoryPlan:
 
     def lines(self) -> list[str]:
         """For people."""
+        sizes = sorted(self.adapters.items())
         rows = [
             f"device          {self.device}, {self.dtype}",
             f"adapter memory  {format_bytes(self.adapter_bytes)}, {format_bytes(self.used)} used by "
-            f"{len(self.adapters)} adapters, ranks up to {self.max_rank}",
-            *(f"  {name:<14}{format_bytes(size)}" for name, size in sorted(self.adapters.items())),
+            f"{len(sizes)} adapters, ranks up to {self.max_rank}",
+            *(f"  {name:<14}{format_bytes(size)}" for name, size in sizes[:LISTED]),
         ]
-        if self.more_fit is not None:
+        if len(sizes) > LISTED:
+            rows.append(f"  … and {len(sizes) - LISTED} more")
+        if self.used > self.adapter_bytes:
+            fit = int(self.adapter_bytes // (self.used / len(sizes)))
+            rows.append(f"  about {fit} fit at once: the others are loaded when they are asked for")
+        elif self.more_fit is not None:
             rows.append(f"  room for about {self.more_fit} more of this size")
+        if self.unread:
+            rows.append(f"  {self.unread} more will be read after the start")
         return [*rows, f"KV cache        {self.kv_cache}"]
 
 

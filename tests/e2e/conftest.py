@@ -135,7 +135,9 @@ def run_server(log: Path, *arguments: str) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "loramux", "serve", "--port", str(port), "--max-model-len", "1024", *arguments]
+    # A state file of its own: ports come round again, and with them what earlier servers knew.
+    options = ["--port", str(port), "--state", str(log.with_name("state.sqlite")), "--max-model-len", "1024"]
+    command = [sys.executable, "-m", "loramux", "serve", *options, *arguments]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -164,10 +166,17 @@ def run_server(log: Path, *arguments: str) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory, base_path: Path, spare_adapters: Path) -> Iterator[Server]:
+def examples(base_path: Path) -> Path:
+    """The example adapters, with the one that make composes of the others."""
+    subprocess.run(["make", "--silent", "adapters/examples/desk.safetensors"], cwd=EXAMPLES.parents[1], check=True)
+    return EXAMPLES
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, examples: Path, spare_adapters: Path) -> Iterator[Server]:
     """The server of `make serve`: the default base and the example adapters."""
     log = tmp_path_factory.mktemp("server") / "log"
-    flags = ("--adapters", str(EXAMPLES), "--adapter-root", str(spare_adapters))
+    flags = ("--adapters", str(examples), "--adapter-root", str(spare_adapters))
     tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     with run_server(log, *flags, *tools) as server:
         yield server

@@ -175,7 +175,7 @@ def test_metrics_per_adapter_beside_vllms_own(client: openai.OpenAI, server: Any
         assert value(after, series) - value(before, series) == expected, series
     assert value(after, 'loramux_requests_in_flight{adapter="sarcasm"}') == 0
     assert value(after, 'loramux_adapter_resident_bytes{adapter="sarcasm"}') > 0
-    assert value(after, 'loramux_adapter_load_seconds_count{adapter="sarcasm",stage="copy"}') == 1
+    assert value(after, 'loramux_adapter_load_seconds_count{adapter="sarcasm",stage="copy",tier="host"}') == 1
     assert (
         0
         < value(after, 'loramux_adapter_pool_bytes{kind="used"}')

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 pytestmark = pytest.mark.engine
@@ -74,35 +74,56 @@ def test_running_request_survives_its_adapters_unload(server: Any, spare_adapter
 
 
 def test_small_pool(small_server: Any, spare_adapters: Path) -> None:
-    """Room for one adapter of rank 16, or for two of ranks 12 and 4."""
+    """Room for one adapter of rank 16, or for two of ranks 12 and 4: they take turns, and no answer shows it."""
     server, prompt = small_server, "The lighthouse"
-    assert _load(server, spare_adapters / "spare3").status_code == 200
-    alone = _complete(server, "spare3", prompt)
-    full = _load(server, spare_adapters / "spare2")
+
+    def state(name: str) -> str:
+        return str(server.get(f"/v1/adapters/{name}").json()["state"])
+
+    expected = {}
+    for name in ("spare3", "spare2", "spare0"):
+        assert _load(server, spare_adapters / name).status_code == 200
+        expected[name] = _complete(server, name, prompt)
+    assert len(set(expected.values())) == 3
+    assert [state(name) for name in expected] == ["host", "resident", "resident"]
+
+    with ThreadPoolExecutor(3) as pool:
+        running = {name: pool.submit(_complete, server, name, prompt) for name in ("spare2", "spare0")}
+        waiting = pool.submit(_load, server, spare_adapters / "spare3", load_inplace=True)
+        assert {name: r.result() for name, r in running.items()} == {n: expected[n] for n in running}
+        assert waiting.result().status_code == 200
+    for name in (*expected, *expected):  # each needs the room that another has
+        assert _complete(server, name, prompt) == expected[name]
+
+    assert server.post("/v1/adapters/spare3/pin", {}).json()["pinned"]
+    _complete(server, "spare3", prompt)
+    full = server.post("/v1/completions", {"model": "spare2", "prompt": prompt})
     assert full.status_code == 503 and full.json()["error"]["code"] == "adapter_memory_full"
     assert "--adapter-memory" in full.json()["error"]["hint"] and int(full.headers["retry-after"]) > 0
-
-    assert server.post("/v1/unload_lora_adapter", {"lora_name": "spare3"}).status_code == 200
-    for name in ("spare2", "spare0"):
-        assert _load(server, spare_adapters / name).status_code == 200
-    expected = {name: _complete(server, name, prompt) for name in ("spare2", "spare0")}
-    assert len({alone, *expected.values()}) == 3
-
-    refused: list[Any] = []
-    third = threading.Thread(target=lambda: refused.append(_load(server, spare_adapters / "spare1")))
-    with ThreadPoolExecutor(2) as pool:
-        running = {name: pool.submit(_complete, server, name, prompt) for name in expected}
-        third.start()
-        third.join()
-        assert refused[0].status_code == 503 and refused[0].json()["error"]["code"] == "adapter_memory_full"
-        assert {name: r.result() for name, r in running.items()} == expected
-
-    for name in expected:
-        assert server.post("/v1/unload_lora_adapter", {"lora_name": name}).status_code == 200
-    # The failed third can be tried again under its name, and the first one's answer has not changed.
-    assert _load(server, spare_adapters / "spare1").status_code == 200
-    assert server.post("/v1/unload_lora_adapter", {"lora_name": "spare1"}).status_code == 200
-    assert _load(server, spare_adapters / "spare3").status_code == 200
-    assert _complete(server, "spare3", prompt) == alone
-    memory = server.get("/health/ready").json()["adapter_memory"]
+    assert not server.post("/v1/adapters/spare3/unpin", {}).json()["pinned"]
+    assert _complete(server, "spare2", prompt) == expected["spare2"]
+    memory = server.get("/v1/adapters").json()["memory"]
     assert memory["resident"] == 1 and memory["used_bytes"] <= memory["capacity_bytes"]
+
+
+def test_swap_by_version_and_rollback(server: Any, spare_adapters: Path) -> None:
+    """Both versions can be called; the name means the new one, then the old one again."""
+    prompt = "Once upon a time"
+
+    def put(source: str) -> Any:
+        body = {"source": str(spare_adapters / source)}
+        return httpx.put(f"{server.url}/v1/adapters/swapped", json=body, timeout=60).json()
+
+    one = put("spare1")["version"]
+    first = _complete(server, "swapped", prompt)
+    two = put("spare2")
+    assert (two["previous"], two["state"]) == (one, "resident")
+    second = _complete(server, "swapped", prompt)
+    assert second != first
+    for spelling, answer in ((f"swapped@{one[:8]}", first), (f"{BASE}:swapped", second)):
+        body = {"model": spelling, "prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+        got = server.post("/v1/completions", body).json()
+        assert (got["model"], got["choices"][0]["text"]) == (spelling, answer)
+    assert server.post("/v1/adapters/swapped/rollback", {}).json()["version"] == one
+    assert _complete(server, "swapped", prompt) == first
+    assert httpx.delete(f"{server.url}/v1/adapters/swapped", timeout=60).status_code == 200

@@ -138,19 +138,20 @@ def _gates(mixture: Mixture, scores: torch.Tensor) -> torch.Tensor:
 
 
 class Hooked:
-    """The model with one mixture added by forward hooks."""
+    """The model with one mixture added by forward hooks. `gates`: what these decided in the last pass, by linear."""
 
     def __init__(self, model: Any, mixture: Mixture, experts: dict[str, Experts]) -> None:
         self.model = model
+        self.gates: dict[str, torch.Tensor] = {}
         self._handles = []
         dtype = next(model.parameters()).dtype
         for name, site in experts.items():
             parts = [(a.to(dtype), b.to(dtype), s) for a, b, s in zip(site.a, site.b, site.scale, strict=True)]
             router = site.router.to(dtype)
 
-            def hook(_: Any, inputs: Any, y: Any, parts: Any = parts, router: Any = router) -> Any:
+            def hook(_: Any, inputs: Any, y: Any, name: str = name, parts: Any = parts, router: Any = router) -> Any:
                 x = inputs[0]
-                gates = _gates(mixture, (x[0] @ router.T))
+                gates = self.gates[name] = _gates(mixture, (x[0] @ router.T))
                 return y + sum(gates[None, :, e, None] * s * ((x @ a.T) @ b.T) for e, (a, b, s) in enumerate(parts))
 
             self._handles.append(model.get_submodule(name).register_forward_hook(hook))
@@ -221,3 +222,38 @@ def test_one_batch_with_plain_adapters_and_base_rows(
     answers = engine.greedy([(prompt, source) for _, prompt, source, _ in rows])
     for (name, _, _, answer), ours in zip(rows, answers, strict=True):
         assert_equal(ours, answer, f"{name} in a mixed batch")
+
+
+@pytest.mark.parametrize("name", ["top2_of_4", "threshold", "dense_of_3"])
+def test_the_routing_report_is_what_the_hooks_decided(
+    engine: Any, expected: Any, models: Any, base_path: Path, base_model: BaseModel, name: str
+) -> None:
+    """A prompt that no test has run before, so that none of it is in the prefix cache; others share its steps."""
+    from vllm import SamplingParams
+
+    from loramux.metrics.routing import REQUEST_KEY
+
+    (prompt,) = encode(base_path, ("Name the parts of a bicycle, then of a boat.",))
+    source, other_prompt, _ = expected[name]
+    asked = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, extra_args={REQUEST_KEY: name})
+    silent = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    adapter = engine.adapter(source)
+    outputs = engine.llm.generate(
+        [{"prompt_token_ids": ids} for ids in (other_prompt, prompt, other_prompt)],
+        [silent, asked, silent],
+        lora_request=[adapter, adapter, None],
+        use_tqdm=False,
+    )
+    report = engine.rpc("loramux_routing_report", name)
+    seen = prompt + list(outputs[1].outputs[0].token_ids)[:-1]
+    mixture = MIXTURES[name]
+    experts = _random(mixture, base_model.linears, seed=list(MIXTURES).index(name))
+    hooked = Hooked(models[0], mixture, experts)
+    with hooked as model, torch.inference_mode():
+        model(torch.tensor([seen]))
+    gates = torch.stack(list(hooked.gates.values()))  # [linears, tokens, experts]
+    assert report["tokens"] == len(seen) and report["decisions"] == gates.shape[0] * gates.shape[1]
+    assert report["selected"] == (gates > 0).sum((0, 1)).tolist()
+    share = (gates / gates.sum(-1, keepdim=True)).nan_to_num(0).sum((0, 1))
+    weight = torch.tensor(report["weight"], dtype=torch.float64)
+    torch.testing.assert_close(weight, share.double(), rtol=1e-3, atol=0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import loramux_kernels as lk
 from loramux_kernels import MAX_EXPERTS, AdapterPool, SiteSpec, TokenGate
@@ -220,6 +222,40 @@ def test_plain_rows_have_the_bits_of_a_pool_without_mixtures(backend: str) -> No
         mixing.set_batch(slots[which], lengths)
         alone.set_batch(np.where(mine, slot, -1).astype(np.int32), lengths)
         assert same_bits(apply(mixing, index, x, y)[rows], apply(alone, index, x, y)[rows])
+
+
+class _Launches(TorchDispatchMode):
+    """Names of the operations that PyTorch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_plain_batch_launches_what_it_launches_without_mixtures() -> None:
+    generator = torch.Generator().manual_seed(2)
+    plain = random_adapter(SPECS, {"q": 24, "v": 8, "o": 64}, torch.float32, generator)
+    launched = []
+    for mixtures, trace in ((False, False), (True, False), (True, True)):
+        pool = make()
+        if mixtures:
+            for adapter in adapters_of(torch.float32, generator):
+                load(pool, adapter)
+        pool.trace(trace)
+        pool.set_batch(np.array([load(pool, plain), -1], np.int32), np.array([5, 2], np.int32))
+        for index, spec in enumerate(SPECS):
+            x, y = torch.randn(7, spec.d_in), torch.randn(7, sum(spec.d_outs))
+            h = torch.zeros(7, pool.h_width(index))
+            site = lookup(pool.site_ids[index])
+            with _Launches() as seen:
+                site.backend.shrink(site, x, h)
+                site.backend.expand(site, y, h)
+            launched.append(seen.names)
+    assert launched[0] and launched[:2] * 3 == launched
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from loramux.registry import AdapterEntry, AdapterRegistry
+from loramux.errors import PoolExhausted
+from loramux.registry import Adapter, AdapterRegistry, State, Store, Version
 from loramux_adapters import AdapterSummary, Artefact
 
 BASE = "tiny-base"
-#: Where no client may look: every artefact of the fakes lies here.
+#: Where no client may look: artefacts of the fakes lie here unless a test has a folder for them.
 CACHE = Path("/var/cache/secret-host-path")
 
 
-def make_artefact(content: str) -> Artefact:
-    """An artefact whose digest depends on `content` only."""
-    digest = content.encode().hex().ljust(64, "0")[:64]
+def make_artefact(content: str, cache: Path = CACHE, nbytes: int = 1000) -> Artefact:
+    """An artefact whose digest depends on `content` only, and begins with a letter or more of it."""
+    digest = f"{content.encode().hex()[:8]}{hashlib.sha256(content.encode()).hexdigest()}"[:64]
     summary = AdapterSummary(
         method="lora",
         rank=8,
@@ -28,83 +32,107 @@ def make_artefact(content: str) -> Artefact:
         experts=1,
         bayesian=False,
         sites=1,
-        nbytes=1000,
+        nbytes=nbytes,
         dtype="float32",
         warnings=(),
         base=BASE,
     )
-    return Artefact(CACHE / f"{digest}.safetensors", digest, summary)
+    return Artefact(cache / f"{digest}.safetensors", digest, summary)
 
 
 class FakePrepare:
     """Reads a source: its content is its folder's name, unless the test says otherwise. Runs in a thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: Path = CACHE) -> None:
+        self.cache = cache
         self.contents: dict[Path, str] = {}
+        self.sizes: dict[str, int] = {}  # by content
         self.errors: dict[Path, Exception] = {}
         self.read: list[Path] = []
         self.gates: dict[Path, threading.Event] = {}  # reading such a source ends when its gate opens
 
-    def __call__(self, source: Path) -> Artefact:
+    def __call__(self, source: Path, *, on_read: Callable[[], object] = lambda: None) -> Artefact:
         self.read.append(source)
         if source in self.gates:
             assert self.gates[source].wait(10), "the test never opened the gate"
         if source in self.errors:
             raise self.errors[source]
-        return make_artefact(self.contents.get(source, source.name))
+        on_read()
+        content = self.contents.get(source, source.name)
+        artefact = make_artefact(content, self.cache, self.sizes.get(content, 1000))
+        if self.cache != CACHE:
+            artefact.path.write_text(content)
+        return artefact
 
 
 class FakeDataPlane:
-    """A device that remembers which versions lie on it, in the order of what happened."""
+    """A device of so many bytes that remembers which versions lie on it, in the order of what happened."""
 
-    def __init__(self) -> None:
-        self.resident: set[int] = set()
+    def __init__(self, capacity: int = 10**6) -> None:
+        self.capacity = capacity
+        self.resident: dict[int, int] = {}  # version id -> bytes
         self.log: list[tuple[str, int]] = []
         self.error: Exception | None = None
+        self.errors: list[Exception] = []  # of the next loads, one each
         self.gate = asyncio.Event()
         self.gate.set()
 
     async def load(self, version_id: int, artefact: Artefact) -> int:
         await self.gate.wait()
+        await asyncio.sleep(0)
+        if self.errors:
+            raise self.errors.pop(0)
         if self.error is not None:
             raise self.error
-        self.resident.add(version_id)
+        size = artefact.summary.nbytes
+        free = self.capacity - sum(self.resident.values())
+        if size > free:
+            raise PoolExhausted.of(size, free)
+        assert version_id not in self.resident
+        self.resident[version_id] = size
         self.log.append(("load", version_id))
-        return artefact.summary.nbytes
+        return size
 
     async def unload(self, version_id: int) -> None:
         await self.gate.wait()
-        self.resident.remove(version_id)
+        await asyncio.sleep(0)
+        del self.resident[version_id]
         self.log.append(("unload", version_id))
 
 
-class FakeDirectory:
-    """Published versions by name; refuses to publish what is not on the device."""
-
-    def __init__(self, data_plane: FakeDataPlane) -> None:
-        self.names: dict[str, AdapterEntry] = {}
-        self._data_plane = data_plane
-
-    def publish(self, entry: AdapterEntry) -> None:
-        assert entry.version_id in self._data_plane.resident
-        self.names[entry.name] = entry
-
-    def withdraw(self, name: str) -> None:
-        self.names.pop(name, None)
-
-
 class FakeObserver:
+    """Remembers what it was told, and that every version's states follow from each other."""
+
     def __init__(self) -> None:
         self.events: list[tuple[str, str, Any]] = []
+        self.states: Counter[tuple[str, State]] = Counter()
+        self.leased: dict[str, int] = {}
+        self.waits: list[tuple[str, float]] = []
 
-    def loaded(self, name: str, stages: dict[str, float], resident_bytes: int) -> None:
-        self.events.append(("loaded", name, resident_bytes))
+    def moved(self, name: str, old: State | None, new: State) -> None:
+        if old is not None:
+            assert self.states[name, old] > 0
+            self.states[name, old] -= 1
+        if new is not State.GONE:
+            self.states[name, new] += 1
+
+    def loaded(self, name: str, tier: str, stages: Mapping[str, float], resident_bytes: int) -> None:
+        self.events.append(("loaded", name, (tier, *sorted(stages))))
 
     def load_failed(self, name: str, code: str) -> None:
         self.events.append(("failed", name, code))
 
+    def evicted(self, name: str) -> None:
+        self.events.append(("evicted", name, None))
+
     def unloaded(self, name: str) -> None:
         self.events.append(("unloaded", name, None))
+
+    def leases(self, name: str, count: int) -> None:
+        self.leased[name] = count
+
+    def waited(self, name: str, seconds: float) -> None:
+        self.waits.append((name, seconds))
 
 
 @dataclass
@@ -113,21 +141,39 @@ class World:
 
     roots: tuple[Path, ...] = ()
     patience_s: float = 5.0
+    capacity: int = 10**6
     prepare: FakePrepare = field(default_factory=FakePrepare)
-    data_plane: FakeDataPlane = field(default_factory=FakeDataPlane)
     observer: Any = field(default_factory=FakeObserver)
+    store: Store = field(default_factory=Store.in_memory)
 
     def __post_init__(self) -> None:
-        self.directory = FakeDirectory(self.data_plane)
+        self.data_plane = FakeDataPlane(self.capacity)
         self.registry = AdapterRegistry(
             base=BASE,
             prepare=self.prepare,
             data_plane=self.data_plane,
-            directory=self.directory,
             observer=self.observer,
+            store=self.store,
+            capacity_bytes=self.capacity,
             roots=self.roots,
             patience_s=self.patience_s,
         )
+
+    def current(self, name: str) -> Version:
+        return self.registry.adapters()[name].current
+
+    async def load(self, name: str, content: str = "", **options: Any) -> Version:
+        """Put an adapter, and wait until it is resident."""
+        return (await self.registry.load(name, Path("/adapters") / (content or name), **options)).current
+
+    async def hold(self, name: str, *, exact: bool = False) -> Version:
+        """A lease, as a request takes one."""
+        version = await self.registry.resolve(name)
+        return await self.registry.lease(version.tag, exact=exact or "@" in name)
+
+    def state(self, name: str) -> State | None:
+        adapter: Adapter | None = self.registry.adapters().get(name)
+        return adapter.current.state if adapter else None
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -137,18 +183,19 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.001)
 
 
-@dataclass(frozen=True)
+@dataclass
 class FakeLoRARequest:
     """The fields of vLLM's LoRARequest that are used."""
 
     lora_name: str
     lora_int_id: int
     lora_path: str
+    base_model_name: str | None = None
 
 
-def lora_request(entry: AdapterEntry) -> FakeLoRARequest:
-    assert entry.artefact is not None
-    return FakeLoRARequest(entry.version, entry.version_id, str(entry.artefact.path))
+def lora_request(version: Version, spelling: str | None = None) -> FakeLoRARequest:
+    assert version.artefact is not None
+    return FakeLoRARequest(version.tag, version.version_id, str(version.artefact.path), spelling)
 
 
 def output(*choices: tuple[Sequence[int], str | None], finished: bool = False, prompt: int = 3) -> SimpleNamespace:
@@ -180,7 +227,7 @@ class FakeEngine:
         self, prompt: Any, sampling_params: Any, request_id: str, *, lora_request: Any = None
     ) -> AsyncIterator[Any]:
         self.log.append("entered")
-        self.requests.append(lora_request)
+        self.requests.append(copy(lora_request))
         try:
             for item in self.script:
                 await asyncio.sleep(0)

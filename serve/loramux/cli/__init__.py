@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from loramux import __version__
 from loramux.console import say
@@ -12,9 +14,14 @@ _USAGE = """\
 usage: loramux COMMAND [options]
 
   serve [BASE]     serve a base model and its adapters    (loramux serve --help)
+  adapters CMD     those of a server: ls, show, add, rm, pin, unpin, rollback; those here: check, compose, methods
+  chat [MODEL]     talk to a server's models
+  doctor           what is installed, what would go wrong, and what to do about it
   prepare [BASE]   fetch and convert a base model, and tell where it is
-  adapters CMD     check, show, compose adapters; list the methods    (loramux adapters --help)
   --version        print the version"""
+
+# By name, each imported when it is called: `loramux --version` must not load torch.
+_COMMANDS = {name: f"loramux.cli.{name}" for name in ("serve", "adapters", "chat", "doctor", "prepare")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,28 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("--help", "-h", "help"):
         say(_USAGE)
         return 0
-    run = _commands().get(command)
-    if run is None:
+    if command not in _COMMANDS:
         say(f"loramux: there is no command {command!r}.", _USAGE)
         return 2
-    return run(argv)
-
-
-def _commands() -> dict[str, Callable[[list[str]], int]]:
-    # Imported per command: `loramux --version` must not load torch.
-    def serve(argv: list[str]) -> int:
-        from loramux.cli.serve import main as run
-
-        return run(argv)
-
-    def prepare(argv: list[str]) -> int:
-        from loramux.cli.prepare import main as run
-
-        return run(argv)
-
-    def adapters(argv: list[str]) -> int:
-        from loramux.cli.adapters import main as run
-
-        return run(argv)
-
-    return {"serve": serve, "prepare": prepare, "adapters": adapters}
+    try:
+        status: int = importlib.import_module(_COMMANDS[command]).main(argv)
+    except KeyboardInterrupt:
+        return 130  # as a shell reports SIGINT
+    except BrokenPipeError:
+        # `loramux … | head`: Python would complain again when it flushes standard output at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status

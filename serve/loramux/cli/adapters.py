@@ -1,102 +1,128 @@
-"""`loramux adapters`: look at adapters without a server, a GPU or vLLM."""
+"""`loramux adapters`: look at adapters here, and manage those of a running server."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from loramux.bases import DEFAULT_BASE
-from loramux.cli import adapter_report
-from loramux.cli.base import load_base
+from loramux.cli.client import add_options, as_json
+from loramux.config import ADAPTER_NAME
 from loramux.console import say
 from loramux.errors import LoramuxError
-from loramux_adapters import AdapterError, LoweredAdapter, lower
-from loramux_adapters.abilities import Abilities
-from loramux_adapters.files import AdapterFolder
-from loramux_adapters.methods import METHODS, find_method
-from loramux_adapters.methods.native import Native, read_file
-from loramux_adapters.verify import check_values
+
+_WAIT_S = 120.0
+_NAMED = {
+    "rm": "withdraw an adapter; its running requests finish",
+    "pin": "keep an adapter in memory whatever else is needed there",
+    "unpin": "let an adapter make room for others again",
+    "rollback": "go back to the version before this one",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 for an adapter that was read and, with `check`, can be served; 1 otherwise."""
+    """Exit status: 0 done (with `check`: can be served), 1 refused, 2 for a malformed command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["compose"]:
         from loramux.cli.compose import main as compose
 
         return compose(argv[1:])
     options = _parser().parse_args(argv)
-    if options.command == "methods":
-        say(*_methods(options.json))
-        return 0
+    if options.command in ("check", "methods") or (options.command == "show" and _is_local(options)):
+        from loramux.cli import adapter_files  # torch takes 2 s to import, and the others need none of it
+
+        return adapter_files.methods(options) if options.command == "methods" else adapter_files.inspect(options)
+    from loramux.cli import adapter_server
+
     try:
-        adapter, made_for, checked_on = _load(options.path, options.base, needs_base=options.command == "check")
-    except AdapterError as error:
-        refused = adapter_report.refusal(error)
-        say(*([_dump(refused)] if options.json else adapter_report.refusal_lines(error)))
-        return 1
+        return adapter_server.run(options)
     except LoramuxError as error:
-        sys.stderr.write(f"loramux adapters: {error}\n")
+        if options.json:
+            say(json.dumps(as_json(error), indent=2))
+        else:
+            hint = f"\n{error.hint}" if error.hint else ""
+            sys.stderr.write(f"loramux adapters {options.command}: {error.message} ({error.code}){hint}\n")
         return 1
-    found = adapter_report.report(adapter, made_for=made_for, checked_on=checked_on)
-    say(*([_dump(found)] if options.json else adapter_report.lines(found)))
-    return 0 if found["servable"] or options.command == "show" else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="loramux adapters", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in {
-        "check": "say whether an adapter fits a base model and can be served; exit status 1 if not",
-        "show": "say what an adapter is; native files need no base model for that",
-    }.items():
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("path", type=Path, metavar="PATH", help="the adapter's folder, or a native file")
-        command.add_argument("--base", metavar="BASE", help=f"a folder or a name (default: {DEFAULT_BASE})")
-        command.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, *, server: bool = True) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument("--json", action="store_true", help="JSON instead of lines")
+        if server:
+            add_options(added)
+        return added
+
+    command("ls", "list the server's adapters with their states")
+    show = command("show", "say what an adapter is: a path here, or a name on the server (with --url always a name)")
+    show.add_argument("path", metavar="PATH|NAME", help="the adapter's folder, a native file, or an adapter's name")
+    add = command("add", "load an adapter into the server, or replace it by another version without a gap")
+    add.add_argument("name", type=_name, metavar="NAME", help="what requests call it")
+    add.add_argument("path", metavar="PATH", help="its folder or file, under an --adapter-root of the server")
+    add.add_argument("--pin", action="store_true", help="and keep it in memory whatever else is needed there")
+    add.add_argument(
+        "--wait", type=_seconds, default=_WAIT_S, metavar="S", help=f"for it to be ready (default: {_WAIT_S:g})"
+    )
+    changes = {name: command(name, text) for name, text in _NAMED.items()}
+    for change in changes.values():
+        change.add_argument("name", type=_name, metavar="NAME", help="the adapter's name")
+    for changed in (add, changes["rm"], changes["rollback"]):
+        changed.add_argument(
+            "--if-match", type=_digest, metavar="VERSION", help="only if this is the version that serves now"
+        )
+    check = command("check", "say whether an adapter fits a base model and can be served", server=False)
+    check.add_argument("path", metavar="PATH", help="the adapter's folder, or a native file")
+    for local in (check, show):
+        local.add_argument(
+            "--base", metavar="BASE", help=f"to check it on: a folder or a name (default: {DEFAULT_BASE})"
+        )
     commands.add_parser("compose", help="make one adapter out of several: loramux adapters compose --help")
-    methods = commands.add_parser("methods", help="list the kinds of adapters and what each can do")
-    methods.add_argument("--json", action="store_true", help="a JSON list instead of a table")
+    command("methods", "list the kinds of adapters and what each can do", server=False)
     return parser
 
 
-def _load(path: Path, base: str | None, *, needs_base: bool) -> tuple[LoweredAdapter, str | None, str | None]:
-    """The adapter, the base that it names if it is native, and the base that it was checked on if there was one."""
-    if needs_base or base is not None:
-        return _on_base(path, base)
-    folder = AdapterFolder(path)
-    if find_method(folder).name != Native.name:
-        return _on_base(path, None)
-    native = read_file(folder)
-    check_values(native.adapter)
-    return native.adapter, native.base, None
+def _is_local(options: argparse.Namespace) -> bool:
+    """Does `show` mean a path? One that exists, or that cannot be a name; `--url` and `--base` settle it."""
+    if options.base is not None:
+        return True
+    text: str = options.path
+    if options.url is not None:
+        return False
+    looks = text.startswith(("/", ".", "~")) or text.endswith(".safetensors")
+    return looks or Path(text).exists() or not _is_name(text)
 
 
-def _on_base(path: Path, base: str | None) -> tuple[LoweredAdapter, str | None, str | None]:
-    model = load_base(base or DEFAULT_BASE)
-    return lower(path, model), None, model.name
+def _is_name(text: str) -> bool:
+    return ADAPTER_NAME.fullmatch(text.partition("@")[0]) is not None
 
 
-def _methods(as_json: bool) -> list[str]:
-    rows = [{"name": method.name, **vars(method.abilities)} for method in METHODS]
-    if as_json:
-        return [_dump(rows)]
-    heads = ("method", "read", "write", "serve", "exact", "router")
-    table = [heads, *(_row(method.name, method.abilities) for method in METHODS)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+def _name(text: str) -> str:
+    if not _is_name(text):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be an adapter's name")
+    return text
 
 
-def _row(name: str, can: Abilities) -> tuple[str, ...]:
-    def word(value: bool | str) -> str:
-        return value if isinstance(value, str) else "yes" if value else "no"
+def _digest(text: str) -> str:
+    """As `ls` and `show` print it; `name@digest`, an ETag's quotes and the whole digest will do."""
+    digest = text.rpartition("@")[2].strip('"')
+    if not re.fullmatch(r"[0-9a-f]{16,64}", digest):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a version; `loramux adapters ls` lists them")
+    return digest[:16]
 
-    return (name, can.read, word(can.write), word(can.serve), word(can.exact), can.router)
 
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, indent=2)
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds up to 3600")
+    return seconds

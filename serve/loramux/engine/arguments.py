@@ -11,8 +11,12 @@ from pathlib import Path
 
 from vllm.platforms import current_platform
 
+from loramux.config import KEY_VARIABLES, ServeConfig
 from loramux.engine.settings import KEY, DataPlaneSettings
 from loramux.errors import ConfigError
+from loramux.http.gate import Gate, install
+from loramux.http.keys import KeyRing
+from loramux.http.stack import MIDDLEWARE
 
 try:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -34,6 +38,9 @@ def set_environment(model: str) -> None:
     # Opens the hook on the way of an unknown model name, where we wait for adapters that are loading. vLLM's own
     # routes behind this switch are replaced by ours.
     os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    # Our keys by now: vLLM would turn away all but its own, and the engine's processes need none.
+    for name in KEY_VARIABLES:
+        os.environ.pop(name, None)
     if Path(model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if current_platform.is_cpu():
@@ -61,8 +68,21 @@ def parse_engine_args(argv: Sequence[str], *, model: str, served_name: str) -> N
     return args
 
 
-def apply_settings(args: Namespace, settings: DataPlaneSettings) -> Namespace:
-    """Put our worker, scheduler and data plane into vLLM's namespace (in place)."""
+def make_gate(config: ServeConfig, keys: KeyRing, args: Namespace) -> Gate:
+    """What our middleware goes by; vLLM's options for uvicorn's access log are understood as ours."""
+    unlogged = (args.disable_access_log_for_endpoints or "").split(",")
+    return Gate(
+        keys=keys,
+        bases=tuple(args.served_model_name),
+        protect_metrics=config.protect_metrics,
+        max_body=config.max_body,
+        access_log=config.access_log and not args.disable_uvicorn_access_log,
+        unlogged=frozenset(path.strip() for path in unlogged if path.strip()),
+    )
+
+
+def apply_settings(args: Namespace, settings: DataPlaneSettings, gate: Gate) -> Namespace:
+    """Put our worker, scheduler, data plane and middleware into vLLM's namespace (in place)."""
     extra = args.additional_config or {}
     if isinstance(extra, str):
         extra = json.loads(extra)
@@ -72,8 +92,11 @@ def apply_settings(args: Namespace, settings: DataPlaneSettings) -> Namespace:
     options["additional_config"] |= extra
     for name, value in options.items():
         setattr(args, name, value)
-    # vLLM adds these last, so ours is outermost: what other middleware answers (authentication) is reshaped too.
-    args.middleware = [*args.middleware, "loramux.http.errors.ErrorShape"]
+    install(args, gate)
+    # vLLM adds these last and in order, each around those before it: the last is the outermost.
+    ours = [f"{middleware.__module__}.{middleware.__name__}" for middleware in reversed(MIDDLEWARE)]
+    args.middleware = [*args.middleware, *ours]
+    args.disable_uvicorn_access_log = True  # ours says the same and more
     return args
 
 

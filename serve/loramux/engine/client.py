@@ -60,11 +60,7 @@ class EngineDataPlane:
 
 def _as_error(error: dict[str, Any]) -> LoramuxError:
     if error["code"] == "adapter_memory_full":
-        return PoolExhausted(
-            f"Adapter memory is full: this adapter needs {error['needed'] / 2**20:.1f} MiB, "
-            f"{error['free'] / 2**20:.1f} MiB are free.",
-            hint="Unload an adapter (POST /v1/unload_lora_adapter), or restart with a larger --adapter-memory.",
-        )
+        return PoolExhausted.of(error["needed"], error["free"])
     return AdapterRefused(
         error["message"],
         code=error["code"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
 from loramux.engine.placement import PoolArrays, pool_arrays, token_gates
+from loramux.engine.routing import RoutingMonitor
 from loramux.engine.settings import DataPlaneSettings
 from loramux.engine.wrappers import find_sites, wrap
 from loramux_adapters import LoweredAdapter, open_artefact
@@ -53,6 +54,7 @@ class AdapterManager:
         self._in_dummy_run = False
         self.missing: set[str] = set()
         self.pool: AdapterPool
+        self.routing: RoutingMonitor
 
     def install(self, model: nn.Module) -> nn.Module:
         """Build the pool for `model` and wrap its linears. Called once, before memory is profiled."""
@@ -68,6 +70,7 @@ class AdapterManager:
             dtype=cast(torch.dtype, self._config.model_config.dtype),  # resolved by vLLM
             device=self._device,
         )
+        self.routing = RoutingMonitor(self.pool)
         wrap(model, specs, self.pool.site_ids, [self.pool.h_width(i) for i in range(len(specs))])
         self.pool.warmup()
         logger.info("loramux: %d sites, %.0f MiB of adapter memory", len(specs), self.pool.capacity_bytes / 2**20)
@@ -85,7 +88,19 @@ class AdapterManager:
             logger.exception("no adapter could be applied in this step: its requests end with an error")
             slots.fill(-1)
             self.pool.set_idle(False)
+        self._uncritical(self.routing.before, slots, lengths, request_ids)
         self.missing = {request_ids[row] for row, i in enumerate(ids) if i and slots[row] < 0}
+
+    def forward_issued(self) -> None:
+        """The ops of the step have been issued to the device."""
+        self._uncritical(self.routing.after)
+
+    def _uncritical(self, observe: Callable[..., None], *args: Any) -> None:
+        """Statistics must cost no answer."""
+        try:
+            observe(*args)
+        except Exception:
+            logger.exception("what the routers of this step decide is not counted")
 
     def idle(self, launch: bool) -> None:
         """A profile run or graph capture: with `launch`, kernels run over an empty batch, to be captured."""
@@ -134,6 +149,8 @@ class AdapterManager:
         if load.todo or load.slot is None or load.adapter is None:
             return {"state": "copying"}
         self._slots[version_id] = load.slot
+        if load.adapter.gates:
+            self.routing.add_mixture(load.slot, version_id)
         del self._loads[version_id]
         return {"state": "resident", "bytes": self.pool.bytes_for(load.adapter.ranks, token_gates(load.adapter))}
 
@@ -143,6 +160,7 @@ class AdapterManager:
             self._abandon(version_id, load)
         if (slot := self._slots.pop(version_id, None)) is None:
             return False
+        self.routing.remove_slot(slot)
         self.pool.release(slot)
         return True
 

@@ -1,51 +1,79 @@
-"""vLLM's own name registry, kept in step with ours."""
+"""vLLM's own register of names, as a view of ours."""
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 from vllm.lora.request import LoRARequest
 
-from loramux.registry import AdapterEntry, AdapterRegistry
+from loramux.registry import AdapterRegistry, Version
+
+#: What this request's model name was found to mean, when that took waiting.
+_found: ContextVar[tuple[str, Version] | None] = ContextVar("loramux_found", default=None)
 
 
 class EngineDirectory:
-    """Implements `loramux.registry.Directory` on vLLM's `OpenAIServingModels`, by attributes of that instance.
+    """Puts our registry where vLLM's `OpenAIServingModels` keeps names, by attributes of that instance.
 
-    vLLM looks `model` up in `lora_requests` (a plain dict). The request it finds there is named `name@digest`,
-    which keys the KV cache by content; answers carry the name the caller used.
+    vLLM looks `model` up in `lora_requests`; what is not there it asks `resolve_lora` for, which waits, and then
+    looks again. The request it finds is named `name@digest`, which keys the KV cache by content; `base_model_name`,
+    which vLLM does not read, carries the name the caller wrote, for the answer.
     """
 
-    def __init__(self, models: Any) -> None:
+    def __init__(self, models: Any, registry: AdapterRegistry) -> None:
         self._models = models
+        self._registry = registry
+        models.lora_requests = _Requests(registry)
+        models.resolve_lora = self._resolve_lora
         models.model_name = self._model_name
 
-    def attach(self, registry: AdapterRegistry) -> None:
-        """Let names that are not resident yet be waited for, where vLLM asks its resolvers."""
-
-        async def resolve_lora(name: str) -> LoRARequest:
-            entry = await registry.resolve(name)
-            return self._models.lora_requests.get(name) or _request(entry)
-
-        self._models.resolve_lora = resolve_lora
-
-    def publish(self, entry: AdapterEntry) -> None:
-        self._models.lora_requests[entry.name] = _request(entry)
-
-    def withdraw(self, name: str) -> None:
-        self._models.lora_requests.pop(name, None)
+    async def _resolve_lora(self, name: str) -> LoRARequest:
+        version = await self._registry.resolve(name)
+        _found.set((name, version))
+        return _request(name, version)
 
     def _model_name(self, lora_request: LoRARequest | None = None) -> str:
-        if lora_request is not None:
-            return str(lora_request.lora_name).rpartition("@")[0]
-        return str(self._models.base_model_paths[0].name)
+        if lora_request is None:
+            return str(self._models.base_model_paths[0].name)
+        return str(lora_request.base_model_name or lora_request.lora_name)
 
 
-def _request(entry: AdapterEntry) -> LoRARequest:
-    assert entry.artefact is not None
+class _Requests(dict[str, LoRARequest]):
+    """Holds nothing: knows every way to write the name of a version that is on the device.
+
+    Every look-up makes a request of its own, so that one answer can be held to one version (`metrics.instrument`).
+    """
+
+    def __init__(self, registry: AdapterRegistry) -> None:
+        super().__init__()
+        self._registry = registry
+
+    def __contains__(self, spelling: object) -> bool:
+        return self._version(spelling) is not None
+
+    def __missing__(self, spelling: str) -> LoRARequest:
+        if (version := self._version(spelling)) is None:
+            raise KeyError(spelling)
+        return _request(spelling, version)
+
+    def get(self, spelling: str, default: Any = None) -> Any:
+        version = self._version(spelling)
+        return default if version is None else _request(spelling, version)
+
+    def _version(self, spelling: object) -> Version | None:
+        if not isinstance(spelling, str):
+            return None
+        found = _found.get()
+        # It may have left the device since: the lease will bring it back.
+        return self._registry.lookup(spelling) or (found[1] if found and found[0] == spelling else None)
+
+
+def _request(spelling: str, version: Version) -> LoRARequest:
+    assert version.artefact is not None
     return LoRARequest(
-        lora_name=entry.version,
-        lora_int_id=entry.version_id,
-        lora_path=str(entry.artefact.path),
-        load_inplace=False,
+        lora_name=version.tag,
+        lora_int_id=version.version_id,
+        lora_path=str(version.artefact.path),
+        base_model_name=spelling,
     )

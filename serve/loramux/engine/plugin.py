@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from vllm.logger import init_logger
 
+from loramux.config import LOAD_PATIENCE_S
 from loramux.engine.client import EngineDataPlane
+from loramux.engine.lora_gauge import bound_lora_gauge
 from loramux.engine.names import EngineDirectory
-from loramux.errors import LoramuxError
 from loramux.http import Services, attach
-from loramux.metrics import AdapterMetrics, instrument
-from loramux.registry import AdapterRegistry
-from loramux_adapters import Artefact
-
-logger = init_logger("vllm.loramux")
+from loramux.metrics import AdapterMetrics, RoutingMetrics, RoutingWatch, instrument
+from loramux.registry import AdapterRegistry, Given, Prepare, Store
 
 
 @dataclass
@@ -28,10 +25,11 @@ class Launch:
     """What `loramux serve` decided before the engine started; travels on vLLM's namespace as `args.loramux`."""
 
     base: str
-    prepare: Callable[[Path], Artefact]
-    adapters: dict[str, Path]
-    tolerated: frozenset[str] = frozenset()  # names whose failure is listed instead of ending the start
+    prepare: Prepare
+    store: Store
+    adapters: dict[str, Given]
     roots: tuple[Path, ...] = ()
+    patience_s: float = LOAD_PATIENCE_S
     ready: Callable[[AdapterRegistry], None] = field(default=lambda registry: None)
 
 
@@ -48,18 +46,24 @@ class LoramuxPlugin:
         """Wire registry, metrics and names to the engine, and load the adapters of the start."""
         launch: Launch = args.loramux
         data_plane = EngineDataPlane(engine_client)
-        directory = EngineDirectory(state.openai_serving_models)
         metrics = AdapterMetrics()
+        metrics.build_info(launch.base)
+        stats = await data_plane.stats()
         registry = AdapterRegistry(
             base=launch.base,
+            aliases=args.served_model_name[1:],
             prepare=launch.prepare,
             data_plane=data_plane,
-            directory=directory,
             observer=metrics,
+            store=launch.store,
+            capacity_bytes=stats["capacity_bytes"],
             roots=launch.roots,
+            patience_s=launch.patience_s,
         )
-        metrics.watch_pool((await data_plane.stats())["capacity_bytes"], registry.resident_bytes)
-        directory.attach(registry)
+        metrics.watch_pool(stats["capacity_bytes"], registry.resident_bytes, stats["overhead_bytes"])
+        bound_lora_gauge(engine_client)
+        EngineDirectory(state.openai_serving_models, registry)
+        routing = RoutingWatch(engine_client, RoutingMetrics(metrics.labels))
         instrument(engine_client, registry, metrics)
         state.loramux = Services(
             registry=registry,
@@ -67,15 +71,10 @@ class LoramuxPlugin:
             max_model_len=engine_client.model_config.max_model_len,
             pool_stats=data_plane.stats,
         )
-        for name, source in launch.adapters.items():
-            try:
-                await registry.load(name, source)
-            except LoramuxError as error:
-                if name not in launch.tolerated:
-                    raise
-                logger.warning("adapter %s is not served: %s", name, error)
-        announce = asyncio.get_running_loop().create_task(_announce(args, lambda: launch.ready(registry)))
-        state.loramux_announce = announce  # keeps the task alive
+        await registry.start(launch.adapters)
+        loop = asyncio.get_running_loop()
+        announce = loop.create_task(_announce(args, lambda: launch.ready(registry)))
+        state.loramux_tasks = (announce, loop.create_task(routing.run()))  # keeps them alive
 
 
 def endpoint_plugin() -> LoramuxPlugin:

@@ -14,6 +14,9 @@ from typing import Any
 
 from loramux.errors import IncompatibleEngine
 
+#: Oldest and newest vLLM that the tests run with.
+TESTED_VLLM = ("0.26", "0.32")
+
 #: (module, attribute path, parameters a callable must accept by these names)
 HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.lora.request", "LoRARequest", ("lora_name", "lora_int_id", "lora_path")),
@@ -115,5 +118,5 @@ def _incompatible(hook: str) -> IncompatibleEngine:
 
     return IncompatibleEngine(
         f"vLLM {installed} has no {hook}.",
-        hint="loramux is tested with vLLM 0.26 to 0.32. Install one of these, or a newer loramux.",
+        hint=f"loramux is tested with vLLM {' to '.join(TESTED_VLLM)}. Install one of these, or a newer loramux.",
     )

@@ -10,6 +10,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from loramux.engine import hooks, probe
 from loramux.engine.manager import AdapterManager
 from loramux.engine.settings import MISSING
+from loramux.metrics.routing import REQUEST_KEY
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -25,8 +26,11 @@ class LoramuxWorker(PlatformWorker):
         hooks.install(self.model_runner)
         super().load_model(**kwargs)
 
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        return self._mark(super().execute_model(*args, **kwargs))
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        self._watch(scheduler_output)
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        self._adapters.forward_issued()
+        return self._mark(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         return self._mark(super().sample_tokens(*args, **kwargs))
@@ -43,9 +47,24 @@ class LoramuxWorker(PlatformWorker):
     def loramux_stats(self) -> dict[str, int]:
         return self._adapters.stats()
 
+    def loramux_routing(self) -> dict[int, dict[str, Any]]:
+        return self._adapters.routing.take_sums()
+
+    def loramux_routing_report(self, tag: str) -> dict[str, Any] | None:
+        return self._adapters.routing.take_report(tag)
+
     @property
     def _adapters(self) -> AdapterManager:
         return cast(AdapterManager, self.model_runner.lora_manager)
+
+    def _watch(self, scheduler_output: Any) -> None:
+        """Requests that ask what their routers decide say so in their sampling parameters."""
+        routing = self._adapters.routing
+        routing.forget(scheduler_output.finished_req_ids)
+        for request in scheduler_output.scheduled_new_reqs:
+            tag = (getattr(request.sampling_params, "extra_args", None) or {}).get(REQUEST_KEY)
+            if isinstance(tag, str):
+                routing.watch(request.req_id, tag)
 
     def _mark(self, output: Any) -> Any:
         if output is None or not self._adapters.missing:  # None: the tokens are sampled by another call

@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from loramux.errors import LoramuxError
-from loramux.http import adapters, health, models
+from loramux.http import adapters, health, models, page, vllm_adapters
 from loramux.http.errors import render
 from loramux.registry import AdapterRegistry
 
@@ -23,12 +23,12 @@ class Services:
     base: str
     max_model_len: int
     pool_stats: Callable[[], Awaitable[dict[str, int]]]
-    started: bool = False  # it was ready once
 
 
 def attach(app: FastAPI) -> None:
     """Add our routes to `app`, in place of routes it already has for the same path and method."""
-    ours = [*models.router.routes, *adapters.router.routes, *health.router.routes]
+    routers = (models.router, adapters.router, vllm_adapters.router, health.router, page.router)
+    ours = [route for router in routers for route in router.routes]
     taken = {(getattr(route, "path", None), method) for route in ours for method in getattr(route, "methods", ())}
     # vLLM 0.26 appends a plugin's routes, so its own would win; 0.32 replaces them itself.
     app.router.routes[:] = [
@@ -36,7 +36,7 @@ def attach(app: FastAPI) -> None:
         for route in app.router.routes
         if not any((getattr(route, "path", None), method) in taken for method in getattr(route, "methods", None) or ())
     ]
-    for router in (models.router, adapters.router, health.router):
+    for router in routers:
         app.include_router(router)
     app.add_exception_handler(LoramuxError, _answer)
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from loramux.errors import LoramuxError
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+from loramux.http.asgi import Scope, Send
 
 #: HTTP status -> (type, code) for errors that arrive without a string code (vLLM sends the number).
 DEFAULTS: dict[int, tuple[str, str]] = {
@@ -20,6 +15,9 @@ DEFAULTS: dict[int, tuple[str, str]] = {
     403: ("permission_error", "forbidden"),
     404: ("invalid_request_error", "not_found"),
     405: ("invalid_request_error", "method_not_allowed"),
+    408: ("invalid_request_error", "request_timeout"),
+    409: ("invalid_request_error", "conflict"),
+    412: ("invalid_request_error", "precondition_failed"),
     413: ("invalid_request_error", "request_too_large"),
     415: ("invalid_request_error", "unsupported_media_type"),
     422: ("invalid_request_error", "invalid_request"),
@@ -29,6 +27,10 @@ DEFAULTS: dict[int, tuple[str, str]] = {
 }
 HINTS: dict[str, str] = {
     "invalid_api_key": "Send the server's key: Authorization: Bearer KEY.",
+    "admin_key_required": "Send the key of --admin-key: Authorization: Bearer KEY.",
+    "route_not_allowed": "Use /v1/chat/completions, /v1/completions, /v1/models or /v1/adapters.",
+    "request_timeout": "Send the body without pauses.",
+    "request_too_large": "Send less, or start the server with a larger --max-body.",
     "not_found": "GET /openapi.json lists the routes.",
     "invalid_request": "Compare the request with the schema at /openapi.json.",
     "method_not_allowed": "GET /openapi.json lists the methods of each route.",
@@ -49,12 +51,29 @@ def render(error: LoramuxError) -> tuple[int, dict[str, Any], dict[str, str]]:
         "hint": error.hint or HINTS.get(error.code),
     }
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.status in (408, 413):
+        headers["Connection"] = "close"  # the rest of the body would go on arriving
     return error.status, {"error": body}, headers
+
+
+async def refuse(scope: Scope, send: Send, error: LoramuxError) -> None:
+    """Answer with `error` in place of the app; a WebSocket is closed before it opens."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008, "reason": error.code})
+        return
+    status, body, named = render(error)
+    content = json.dumps(body).encode()
+    headers = [(name.lower().encode(), value.encode()) for name, value in named.items()]
+    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
 
 
 def normalise(status: int, body: Any) -> dict[str, Any]:
     """Any framework's JSON error body as OpenAI's object; nothing it said is lost."""
-    error = body["error"] if _has_error(body) else body
+    error = body["error"] if has_error(body) else body
     if not isinstance(error, dict):
         error = {"message": str(error)}
     message = error.get("message") or error.get("detail") or f"HTTP {status}"
@@ -63,7 +82,7 @@ def normalise(status: int, body: Any) -> dict[str, Any]:
         code = "model_not_found"
     if isinstance(error.get("code"), str):
         type_, code = str(error.get("type") or type_), error["code"]
-    rest = {key: value for key, value in body.items() if key != "error"} if _has_error(body) else {}
+    rest = {key: value for key, value in body.items() if key != "error"} if has_error(body) else {}
     return rest | {
         "error": {
             "message": message if isinstance(message, str) else json.dumps(message),
@@ -75,61 +94,5 @@ def normalise(status: int, body: Any) -> dict[str, Any]:
     }
 
 
-def _has_error(body: Any) -> bool:
+def has_error(body: Any) -> bool:
     return isinstance(body, dict) and "error" in body
-
-
-class ErrorShape:
-    """ASGI middleware: error responses leave in OpenAI's shape, whoever made them; streams pass untouched."""
-
-    def __init__(self, app: App) -> None:
-        self.app = app
-
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        start: Message | None = None
-        parts: list[bytes] = []
-        sent = False
-
-        async def reshape(message: Message) -> None:
-            nonlocal start, sent
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                start = message
-                return
-            if start is None or message["type"] != "http.response.body":
-                sent = True
-                await send(message)
-                return
-            parts.append(message.get("body", b""))
-            if message.get("more_body"):
-                return
-            sent = True
-            await _send_error(send, start, b"".join(parts))
-
-        try:
-            await self.app(scope, receive, reshape)
-        except Exception:
-            # Answered here, because Starlette's own handler of such errors lies outside all middleware; raised
-            # again, because it also logs them.
-            if not sent:
-                await _send_error(send, {"type": "http.response.start", "status": 500}, b"")
-            raise
-
-
-async def _send_error(send: Send, start: Message, body: bytes) -> None:
-    body = _reshaped(start["status"], body)
-    dropped = (b"content-length", b"content-type")
-    headers = [(key, value) for key, value in start.get("headers", ()) if key.lower() not in dropped]
-    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({**start, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _reshaped(status: int, body: bytes) -> bytes:
-    try:
-        parsed: Any = json.loads(body) if body else {}
-    except ValueError:
-        parsed = {"message": body.decode(errors="replace").strip()}
-    return json.dumps(normalise(status, parsed)).encode()

@@ -14,7 +14,6 @@ from loramux.http.errors import render
 from loramux.registry import State
 
 router = APIRouter(tags=["health"])
-_ON_THE_WAY = (State.KNOWN, State.VERIFYING, State.HOST)
 #: The engine answers between two steps, and a step may be long; a probe gives up after a second.
 _STATS_S = 0.5
 
@@ -31,11 +30,9 @@ class NotReady(LoramuxError):
 async def ready(request: Request) -> JSONResponse:
     """200 once the adapters of the start-up have settled and while the engine lives, else 503."""
     services = request.app.state.loramux
-    states = Counter(entry.state for entry in services.registry.entries().values())
-    loading = sum(states[state] for state in _ON_THE_WAY)
+    states = Counter(adapter.current.state for adapter in services.registry.adapters().values())
     # An adapter that is loaded later does not take the server, with all others on it, out of service.
-    services.started = services.started or not loading
-    status, memory = "ready" if services.started else "loading", None
+    status, memory = "ready" if services.registry.started else "loading", None
     try:
         memory = await asyncio.wait_for(services.pool_stats(), _STATS_S)
     except TimeoutError:

@@ -2,5 +2,6 @@
 
 from loramux.metrics.adapters import AdapterMetrics
 from loramux.metrics.instrument import instrument
+from loramux.metrics.routing import RoutingMetrics, RoutingWatch
 
-__all__ = ["AdapterMetrics", "instrument"]
+__all__ = ["AdapterMetrics", "RoutingMetrics", "RoutingWatch", "instrument"]

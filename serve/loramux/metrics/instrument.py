@@ -8,9 +8,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from loramux.errors import AdapterNotFound
 from loramux.metrics.adapters import AdapterMetrics
-from loramux.registry import AdapterEntry, AdapterRegistry
+from loramux.registry import AdapterRegistry, Version
 
 Generate = Callable[..., AsyncGenerator[Any, None]]
 
@@ -18,9 +17,10 @@ Generate = Callable[..., AsyncGenerator[Any, None]]
 def instrument(engine: Any, registry: AdapterRegistry, metrics: AdapterMetrics) -> None:
     """Replace `engine.generate` (on this instance) by one that holds a lease while it runs and counts.
 
-    A request enters the engine only with a lease on a resident version; the version stays in device memory until
-    the last lease ends, whatever happens to its name meanwhile. A version that was replaced between the name's
-    look-up and now gives way to the current one; one that was unloaded raises AdapterNotFound (from the generator).
+    A request enters the engine only with a lease on a resident version, waiting for it if need be; the version stays
+    in device memory until the last lease ends, whatever happens to its name meanwhile. A version that was replaced
+    between the name's look-up and now gives way to the current one, unless the caller asked for it by its digest.
+    Raises what `AdapterRegistry.lease` raises (from the generator).
     """
     inner: Generate = engine.generate
 
@@ -29,45 +29,39 @@ def instrument(engine: Any, registry: AdapterRegistry, metrics: AdapterMetrics) 
     ) -> AsyncGenerator[Any, None]:
         # vLLM's server may hand over a request that was processed already, with its adapter in it.
         processed = getattr(prompt, "lora_request", None)
-        entry = _leasable(registry, lora_request or processed)
-        if entry is not None:
-            lora_request = _current(lora_request or processed, entry)
-            if processed is not None:
-                prompt.lora_request = lora_request
-            entry.acquire()
+        asked = lora_request or processed
+        version = await _leased(registry, asked) if asked is not None else None
+        if processed is not None:
+            prompt.lora_request = asked
         try:
             stream = inner(prompt, sampling_params, *args, lora_request=lora_request, **kwargs)
-            measured = _measured(stream, entry.name if entry else registry.base, sampling_params, metrics)
+            measured = _measured(stream, version.name if version else registry.base, sampling_params, metrics)
             # Closed inside out, and not left to the garbage collector: vLLM aborts a request when its stream is
             # closed, and only then may the adapter be freed.
             async with aclosing(stream), aclosing(measured):
                 async for output in measured:
                     yield output
         finally:
-            if entry is not None:
-                entry.release()
+            if version is not None:
+                registry.release(version)
 
     engine.generate = generate
 
 
-def _leasable(registry: AdapterRegistry, lora_request: Any) -> AdapterEntry | None:
-    if lora_request is None:
-        return None
-    name = lora_request.lora_name.partition("@")[0]
-    entry = registry.resident(name)
-    if entry is None:
-        raise AdapterNotFound(
-            f"The adapter {name!r} was unloaded.", hint="GET /v1/models lists what is served.", param="model"
-        )
-    return entry
+async def _leased(registry: AdapterRegistry, asked: Any) -> Version:
+    """A lease on the version that `asked` names, or on the one that has taken its place; `asked` names it then.
 
-
-def _current(lora_request: Any, entry: AdapterEntry) -> Any:
-    """`lora_request`, or one like it for `entry` if that is another version."""
-    if lora_request.lora_int_id == entry.version_id:
-        return lora_request
-    assert entry.artefact is not None
-    return type(lora_request)(lora_name=entry.version, lora_int_id=entry.version_id, lora_path=str(entry.artefact.path))
+    One answer may take several calls with the same request (beam search, tools): from the second on it wants exactly
+    the version of the first.
+    """
+    spelling: str = asked.base_model_name or ""
+    version = await registry.lease(asked.lora_name, exact="@" in spelling)
+    assert version.artefact is not None
+    asked.lora_name, asked.lora_int_id = version.tag, version.version_id
+    asked.lora_path = str(version.artefact.path)
+    if "@" not in spelling:
+        asked.base_model_name = f"{spelling or version.name}@{version.digest}"
+    return version
 
 
 async def _measured(
@@ -126,6 +120,8 @@ class _Request:
         self._last = now
 
     def _observe_first(self, stats: Any, now: float, new: int, name: str, metrics: AdapterMetrics) -> None:
+        if (scheduled := getattr(stats, "scheduled_ts", 0.0)) > 0:
+            metrics.queued(name, scheduled - stats.queued_ts)
         # Without streaming the first output is also the last: the engine's own clock knows when its first token
         # was.
         metrics.first_token(name, getattr(stats, "first_token_latency", 0.0) or now - self._last)

@@ -1,6 +1,29 @@
-"""Adapters by name: their states, their versions, and who uses them. Knows neither HTTP nor vLLM."""
+"""Adapters by name: their states, their versions, and who uses them. Knows neither HTTP nor vLLM.
 
-from loramux.registry.entry import AdapterEntry, State
-from loramux.registry.registry import AdapterRegistry, DataPlane, Directory, Observer
+registry    what the rest of the server calls        catalogue   names, and what a model name means
+entry       states, versions, adapters               changes     put, delete, roll back, pin
+reader      source to artefact                       residency   artefact to device: leases, eviction
+store       what outlives the server                 startup     what there is at the start
+"""
 
-__all__ = ["AdapterEntry", "AdapterRegistry", "DataPlane", "Directory", "Observer", "State"]
+from loramux.registry.changes import Condition
+from loramux.registry.entry import Adapter, State, Version
+from loramux.registry.protocols import DataPlane, Observer, Prepare
+from loramux.registry.reader import read_source
+from loramux.registry.registry import AdapterRegistry
+from loramux.registry.startup import Given
+from loramux.registry.store import Store
+
+__all__ = [
+    "Adapter",
+    "AdapterRegistry",
+    "Condition",
+    "DataPlane",
+    "Given",
+    "Observer",
+    "Prepare",
+    "State",
+    "Store",
+    "Version",
+    "read_source",
+]

@@ -1,67 +1,26 @@
-"""Names to versions: loading, replacing and unloading adapters while requests run."""
+"""The adapters of one server: what requests, routes and the start of the server ask for."""
 
 from __future__ import annotations
 
 import asyncio
-import difflib
-import itertools
-import logging
-import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
 
-from loramux.errors import (
-    AdapterExists,
-    AdapterLoading,
-    AdapterNotFound,
-    AdapterRefused,
-    AdapterSourceMissing,
-    LoramuxError,
-    PathNotAllowed,
-)
-from loramux.registry.entry import AdapterEntry, State
-from loramux_adapters import AdapterError, Artefact
-from loramux_adapters import AdapterNotFound as AdapterFolderNotFound
-
-T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
-
-#: Reads, checks and lowers a source; runs in a worker thread, raises AdapterError.
-Prepare = Callable[[Path], Artefact]
-
-
-class DataPlane(Protocol):
-    """The device side of an adapter version."""
-
-    async def load(self, version_id: int, artefact: Artefact) -> int:
-        """Copy a lowered artefact into the pool, between engine steps; returns its bytes there."""
-
-    async def unload(self, version_id: int) -> None:
-        """Free what `load` took. Only for versions no request uses."""
-
-
-class Directory(Protocol):
-    """Where the HTTP server looks a model name up."""
-
-    def publish(self, entry: AdapterEntry) -> None: ...
-
-    def withdraw(self, name: str) -> None: ...
-
-
-class Observer(Protocol):
-    """Told what happened to adapters, for metrics."""
-
-    def loaded(self, name: str, stages: dict[str, float], resident_bytes: int) -> None: ...
-
-    def load_failed(self, name: str, code: str) -> None: ...
-
-    def unloaded(self, name: str) -> None: ...
+from loramux.errors import AdapterExists, AdapterLoading, AdapterNotFound
+from loramux.registry.catalogue import Catalogue
+from loramux.registry.changes import Changes, Condition, always
+from loramux.registry.entry import Adapter, State, Version
+from loramux.registry.protocols import DataPlane, Observer, Prepare
+from loramux.registry.reader import Reader
+from loramux.registry.residency import Residency
+from loramux.registry.sources import Roots
+from loramux.registry.startup import Given, Startup
+from loramux.registry.store import Store
+from loramux.registry.tasks import Tasks
 
 
 class AdapterRegistry:
-    """The adapters of one server. Single event loop; every public coroutine is safe to call concurrently."""
+    """Names, versions and leases. Single event loop; every public coroutine is safe to call concurrently."""
 
     def __init__(
         self,
@@ -69,194 +28,195 @@ class AdapterRegistry:
         base: str,
         prepare: Prepare,
         data_plane: DataPlane,
-        directory: Directory,
         observer: Observer,
+        store: Store,
+        capacity_bytes: int,
         roots: tuple[Path, ...] = (),
+        aliases: Collection[str] = (),
         patience_s: float = 30.0,
     ) -> None:
         self.base = base
-        self._prepare = prepare
-        self._data_plane = data_plane
-        self._directory = directory
+        self.started = False  # the adapters of the start have settled
+        self.capacity_bytes = capacity_bytes
         self._observer = observer
-        self._roots = tuple(root.resolve() for root in roots)
         self._patience_s = patience_s
-        self._entries: dict[str, AdapterEntry] = {}
-        self._held: set[AdapterEntry] = set()  # versions with device memory, draining ones too
-        self._tasks: set[asyncio.Task[Any]] = set()  # the event loop itself keeps only weak references
-        self._ids = itertools.count(1)  # vLLM reads 0 as "no adapter"
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._roots = Roots(roots)
+        self._tasks = Tasks()
+        self._catalogue = Catalogue([base, *aliases])
+        self._reader = Reader(prepare, store, observer, self._tasks)
+        self._residency = Residency(data_plane, self._reader, observer, self._tasks, capacity_bytes=capacity_bytes)
+        self._changes = Changes(
+            self._catalogue, self._reader, self._residency, store, observer, self._tasks, patience_s=patience_s
+        )
+        self._startup = Startup(self._catalogue, self._changes, self._reader, self._residency, store)
 
-    def entries(self) -> Mapping[str, AdapterEntry]:
-        """Current entry of every name."""
-        return dict(self._entries)
+    # -- what there is
 
-    def resident(self, name: str) -> AdapterEntry | None:
-        """The version which requests for `name` may use now."""
-        entry = self._entries.get(name)
-        return entry if entry is not None and entry.state is State.RESIDENT else None
+    def adapters(self) -> Mapping[str, Adapter]:
+        """By name."""
+        return self._catalogue
+
+    def adapter(self, name: str) -> Adapter:
+        """Raises AdapterNotFound, which names close ones."""
+        if name not in self._catalogue:
+            raise self._catalogue.not_found(name)
+        return self._catalogue[name]
+
+    def not_found(self, spelling: str) -> AdapterNotFound:
+        """A 404 which names what the caller may have meant."""
+        return self._catalogue.not_found(spelling)
 
     def resident_bytes(self) -> int:
         """Device bytes of all versions, draining ones included."""
-        return sum(entry.resident_bytes for entry in self._held)
+        return self._residency.used_bytes
 
-    def check_source(self, source: Path) -> Path:
+    def resident_count(self) -> int:
+        """Versions on the device."""
+        return self._residency.count
+
+    def check_source(self, source: Path, param: str = "source") -> Path:
         """`source` as an absolute path, if a root allows it. Raises PathNotAllowed."""
+        return self._roots.check(source, param)
+
+    # -- what requests need
+
+    def lookup(self, spelling: str) -> Version | None:
+        """The version a model name means, if it is on the device: no need to wait for it."""
         try:
-            resolved = source.expanduser().resolve()
-        except (OSError, RuntimeError, ValueError):  # a loop of links, an unknown ~user, a NUL
-            resolved = None
-        if resolved is None or not any(resolved.is_relative_to(root) for root in self._roots):
-            raise PathNotAllowed(
-                "This path is not under any adapter root.",
-                hint="Start the server with --adapter-root DIR (repeatable) for folders requests may load from.",
-                param="lora_path",
-            )
-        return resolved
+            version = self._catalogue.version(spelling)
+        except AdapterNotFound:
+            return None
+        return version if version.state is State.RESIDENT else None
 
-    async def load(self, name: str, source: Path, *, replace: bool = False) -> AdapterEntry:
-        """Make `name` answer with the adapter in `source`; returns once requests may use it.
+    async def resolve(self, spelling: str) -> Version:
+        """The version a model name means, once it is on the device.
 
-        With `replace`, the new version becomes resident first, then the name switches, then the old one drains:
-        a request sees one or the other. On any failure the previous version keeps serving. A caller that goes away
-        does not stop the load. Raises AdapterExists, AdapterRefused, PoolExhausted.
+        Raises AdapterNotFound, AdapterLoading or PoolExhausted after the registry's patience, or the error its load
+        ended with. Holds nothing: the request still has to `lease` it.
         """
-        return await asyncio.shield(self._spawn(self._load(name, source, replace)))
+        return await self._enter(lambda: self._catalogue.version(spelling), self._residency.recall)
 
-    async def _load(self, name: str, source: Path, replace: bool) -> AdapterEntry:
-        async with self._locks.setdefault(name, asyncio.Lock()):
-            current = self._entries.get(name)
-            if name == self.base:
-                raise AdapterExists(f"The name {name!r} is the base model's.", hint="Choose another name.")
-            if current is not None and current.state is not State.FAILED and not replace:
+    async def lease(self, tag: str, *, exact: bool) -> Version:
+        """Hold a version on the device for one request, which gives it back by `release`.
+
+        `tag` is `name@digest` as the name was looked up. What was replaced since gives way to what the name means
+        now, unless the request asked for exactly this version. Raises as `resolve`.
+        """
+        name, _, digest = tag.partition("@")
+
+        def target() -> Version:
+            adapter = self._catalogue.get(name)
+            if adapter is None:
+                raise gone(name)
+            if not exact:
+                return adapter.current
+            found = next((version for version in adapter.versions() if version.digest == digest), None)
+            if found is None:
+                raise gone(tag)
+            return found
+
+        return await self._enter(target, self._residency.take)
+
+    def release(self, version: Version) -> None:
+        """End a lease."""
+        self._residency.release(version)
+
+    async def _enter(self, target: Callable[[], Version], enter: Callable[[Version], bool]) -> Version:
+        """What `target` says, as soon as `enter` lets it in; both are asked again after every wait."""
+        if enter(version := target()):
+            return version
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            async with asyncio.timeout_at(began + self._patience_s):
+                while not enter(version := target()):
+                    await self._approach(version)
+        except TimeoutError:
+            raise self._residency.lacks_room(version) or AdapterLoading(
+                f"The adapter {version.name!r} is still loading ({version.state}).",
+                hint="Try again shortly.",
+                param="model",
+            ) from None
+        self._observer.waited(version.name, loop.time() - began)
+        return version
+
+    async def _approach(self, version: Version) -> None:
+        """One step of `version` towards the device. Raises what its load ended with."""
+        if version.state is State.FAILED:
+            error = version.error
+        elif version.artefact is None or version.state in (State.READING, State.VERIFYING):
+            error = await asyncio.shield(self._reader.read(version))
+        else:
+            with self._residency.wanted(version):
+                error = await self._residency.settle(version)
+        if error is not None:
+            # It outlives the request: with its traceback it would keep every request's frames.
+            raise error.with_traceback(None)
+
+    # -- changes
+
+    async def put(
+        self,
+        name: str,
+        source: Path,
+        *,
+        pinned: bool | None = None,
+        condition: Condition = always,
+        turn_s: float | None = None,
+    ) -> asyncio.Task[Adapter]:
+        """Begin to make `name` answer with what `source` holds; see `Changes.put`.
+
+        The new version is resident before the name means it, and the old one leaves when its requests have ended. If
+        both do not fit on the device, the name changes once the new one is verified, and it is loaded when the old
+        one has left. Whatever fails, the old one serves on.
+        """
+        return await self._changes.put(name, source, pinned=pinned, condition=condition, turn_s=turn_s)
+
+    async def load(self, name: str, source: Path, *, replace: bool = False) -> Adapter:
+        """Put, and wait until requests may use it. Without `replace`, raises AdapterExists for a name that is taken."""
+
+        def free(adapter: Adapter | None) -> None:
+            if adapter is not None and not replace and adapter.current.error is None:
                 raise AdapterExists(
                     f"The adapter {name!r} is already loaded.",
                     hint='Send "load_inplace": true to replace it, or unload it first.',
                     param="lora_name",
                 )
-            entry = AdapterEntry(name=name, source=source, version_id=next(self._ids))
-            serving = current is not None and current.state is State.RESIDENT
-            if not serving:
-                self._entries[name] = entry
-            await self._bring_up(entry)
-            self._entries[name] = entry
-            self._directory.publish(entry)
-            if serving and current is not None:
-                self._drain(current)
-            return entry
 
-    async def unload(self, name: str) -> AdapterEntry:
+        return await asyncio.shield(await self.put(name, source, condition=free))
+
+    async def delete(self, name: str, *, condition: Condition = always) -> Adapter:
         """Withdraw `name` at once; running requests finish, then the memory is freed.
 
         Waits for the memory only if no request runs on it. Raises AdapterNotFound.
         """
-        if name not in self._entries:
-            raise self.not_found(name)
-        async with self._locks.setdefault(name, asyncio.Lock()):
-            entry = self._entries.pop(name, None)
-            if entry is None:
-                raise self.not_found(name)
-            self._directory.withdraw(name)
-            if entry.state is State.RESIDENT:
-                drained = self._drain(entry)
-                if entry.in_flight == 0:
-                    await asyncio.shield(drained)
-            return entry
+        return await asyncio.shield(self._tasks.spawn(self._changes.delete(name, condition=condition)))
 
-    async def resolve(self, name: str) -> AdapterEntry:
-        """The resident entry of `name`, waiting while it loads.
+    async def rollback(self, name: str, *, condition: Condition = always) -> Adapter:
+        """Let the previous version serve again. Raises AdapterNotFound, NoPreviousVersion."""
+        return await asyncio.shield(self._tasks.spawn(self._changes.rollback(name, condition=condition)))
 
-        Raises AdapterNotFound, AdapterLoading after `patience_s`, or the error its load ended with.
+    async def pin(self, name: str, pinned: bool = True) -> Adapter:
+        """Exempt the adapter from eviction, or no longer. Raises AdapterNotFound."""
+        return await asyncio.shield(self._tasks.spawn(self._changes.pin(name, pinned)))
+
+    # -- the start
+
+    async def start(self, given: Mapping[str, Given]) -> None:
+        """Know what the state file and the command line name, and load what must be there before the first request.
+
+        The rest is read, and loaded while there is room, after `start` has returned.
+        Raises what keeps a required adapter from being served.
         """
-        entry = self._entries.get(name)
-        if entry is None:
-            raise self.not_found(name)
-        try:
-            await asyncio.wait_for(entry.settled.wait(), self._patience_s)
-        except TimeoutError:
-            raise AdapterLoading(
-                f"The adapter {name!r} is still loading ({entry.state}).", hint="Try again shortly.", param="model"
-            ) from None
-        if entry.error is not None:
-            # The error outlives the request: with its traceback it would keep every request's frames.
-            raise entry.error.with_traceback(None)
-        if entry.state is not State.RESIDENT:  # replaced or unloaded since
-            return await self.resolve(name)
-        return entry
-
-    def not_found(self, name: str) -> AdapterNotFound:
-        """A 404 which names what the caller may have meant."""
-        name = name[:128]
-        # Bounded: with thousands of adapters the comparison would hold up the event loop.
-        resident = (n for n, e in self._entries.items() if e.state is State.RESIDENT)
-        served = [self.base, *itertools.islice(resident, 1000)]
-        close = difflib.get_close_matches(name, served, n=3) or served[:3]
-        return AdapterNotFound(
-            f"The model {name!r} does not exist.",
-            hint=f"Did you mean {', '.join(map(repr, close))}? GET /v1/models lists all.",
-            param="model",
-        )
-
-    async def _bring_up(self, entry: AdapterEntry) -> None:
-        entry.move(State.VERIFYING)
-        try:
-            started = time.monotonic()
-            entry.artefact = await asyncio.to_thread(self._prepare, entry.source)
-            entry.load_seconds["prepare"] = time.monotonic() - started
-            entry.move(State.HOST)
-            started = time.monotonic()
-            entry.resident_bytes = await self._data_plane.load(entry.version_id, entry.artefact)
-            entry.load_seconds["copy"] = time.monotonic() - started
-        except Exception as error:  # an entry that stayed on its way would block its name for ever
-            entry.error = as_loramux_error(error, entry.source)
-            if entry.error.code == "internal_error":
-                logger.exception("loading adapter %s failed", entry.name)
-        if entry.error is None:
-            entry.move(State.RESIDENT)
-            self._held.add(entry)
-            self._observer.loaded(entry.name, entry.load_seconds, entry.resident_bytes)
-            return
-        entry.move(State.FAILED)
-        self._observer.load_failed(entry.name, entry.error.code)
-        # Raised here and not above: a cause would keep the reader's frames, and with them its tensors.
-        raise entry.error
-
-    def _drain(self, entry: AdapterEntry) -> asyncio.Task[None]:
-        entry.move(State.DRAINING)
-
-        async def drain() -> None:
-            await entry.idle.wait()
-            await self._data_plane.unload(entry.version_id)
-            entry.move(State.GONE)
-            self._held.discard(entry)
-            entry.resident_bytes = 0
-            if self.resident(entry.name) is None:
-                self._observer.unloaded(entry.name)
-
-        return self._spawn(drain())
-
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        await self._startup.restore(given)
+        await self._startup.settle(given)
+        self.started = True
+        self._tasks.spawn(self._startup.resume())
+        self._tasks.spawn(self._startup.warm_up())
 
 
-def as_loramux_error(error: Exception, source: Path) -> LoramuxError:
-    """What HTTP clients are told about a failed load: no path of the host."""
-    if isinstance(error, LoramuxError):
-        return error
-    if isinstance(error, AdapterError):
-        message = error.message
-        for path in (source, source.resolve()):
-            # Messages cut long names short: so much of one is always there.
-            message = message.replace(f"{path.parent}/"[:150], "")
-        refused = AdapterSourceMissing if isinstance(error, AdapterFolderNotFound) else AdapterRefused
-        return refused(message, code=error.code, hint=error.hint, param=error.field)
-    if isinstance(error, OSError):
-        return AdapterRefused(
-            f"The adapter could not be read: {error.strerror}.",
-            code="adapter_unreadable",
-            hint="Check the folder's permissions.",
-        )
-    return LoramuxError("The adapter could not be loaded.", hint="The server's log has the details.")
+def gone(name: str) -> AdapterNotFound:
+    """The 404 of a request whose adapter was removed after it had been looked up."""
+    return AdapterNotFound(
+        f"The adapter {name!r} was unloaded.", hint="GET /v1/models lists what is served.", param="model"
+    )

@@ -37,16 +37,28 @@ def url(request: pytest.FixtureRequest) -> str:
     return given or str(request.getfixturevalue("server").url)
 
 
-@pytest.mark.engine
-def test_openai_snippet(url: str) -> None:
-    code = _block("python", "OpenAI(").replace("http://127.0.0.1:8000", url)
-    written = io.StringIO()
+def _run(*blocks: str) -> list[str]:
+    """Lines that the blocks print, one after the other in one interpreter."""
+    written, names = io.StringIO(), dict[str, Any]()
     with contextlib.redirect_stdout(written):
-        exec(compile(code, "README.md", "exec"), {})
-    base, adapter, models = written.getvalue().strip().splitlines()
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), names)
+    return written.getvalue().strip().splitlines()
+
+
+@pytest.mark.engine
+def test_openai_snippets(url: str) -> None:
+    first, second = _block("python", "OpenAI("), _block("python", "extra_body")
+    base, adapter, models, mail, story = _run(first.replace("http://127.0.0.1:8000", url), second)
     assert base.split()[0] == "smollm2-135m-instruct" and "sarcastic" not in base.split()[1].lower()
     assert adapter.split() == ["sarcasm", "sarcastic"]
-    assert {"smollm2-135m-instruct", "spam", "sarcasm", "news"} <= set(re.findall(r"[\w.-]+", models))
+    assert {"smollm2-135m-instruct", "spam", "sarcasm", "news", "desk"} <= set(re.findall(r"[\w.-]+", models))
+    assert mail.split()[0] == "spam" and story.split()[0] == "sport"
+    by_mail, by_story = (
+        {name: float(weight) for name, weight in re.findall(r"(\w+) (\d\.\d+)", line)} for line in (mail, story)
+    )
+    assert sum(by_mail.values()) == pytest.approx(1, abs=0.02)
+    assert by_mail["spam"] > by_story["spam"] + 0.02 and by_story["news"] > by_mail["news"] + 0.02
 
 
 @pytest.mark.engine
@@ -95,7 +107,9 @@ def test_yaml_is_understood(tmp_path: Path) -> None:
 
 def test_example_accuracies_are_the_measured_ones() -> None:
     results = json.loads((ROOT / "adapters" / "examples" / "results.json").read_text())
-    for task, row in results.items():
+    (desk,) = (row["tasks"] for row in results.values() if "tasks" in row)
+    for task, row in ((task, results[task]) for task in desk):
+        assert f"{desk[task]['generated']:.0%} ({task})" in README
         base, adapter = row["base"]["held_out"], row["adapter"]["held_out"]
         cells = [f"{scores['generated']:.0%} / {scores['ranked']:.0%}" for scores in (base, adapter)]
         assert f"| `{task}` |" in README and all(f"| {cell} |" in README for cell in cells), (task, cells)

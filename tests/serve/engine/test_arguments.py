@@ -6,13 +6,17 @@ import json
 import os
 from argparse import Namespace
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from loramux.config import ServeConfig
 from loramux.engine import arguments
 from loramux.engine.settings import KEY, DataPlaneSettings
 from loramux.errors import ConfigError
+from loramux.http.gate import Gate, gate_of
+from loramux.http.keys import KeyRing
 
 SETTINGS = DataPlaneSettings(adapter_bytes=2**30, slots=512, max_rank=256)
 
@@ -35,24 +39,57 @@ def test_a_worker_that_loramux_did_not_start_says_so(config: object) -> None:
 
 @pytest.mark.parametrize("theirs", [None, {}, {"k": 1}, '{"k": 1}'])
 def test_settings_join_what_the_user_configured(theirs: Any) -> None:
-    args = arguments.apply_settings(namespace(additional_config=theirs), SETTINGS)
+    args = arguments.apply_settings(namespace(additional_config=theirs), SETTINGS, Gate())
     assert DataPlaneSettings.from_config(args.additional_config) == SETTINGS
     assert ("k" in args.additional_config) == bool(theirs)
     assert args.max_loras == args.max_cpu_loras == 512
     # vLLM adds middleware in order, each around those before it.
-    assert args.middleware == ["their.Middleware", "loramux.http.errors.ErrorShape"]
+    assert args.middleware[0] == "their.Middleware"
+    assert args.middleware[-1] == "loramux.http.request_id.RequestId"
 
 
 def test_our_classes_exist_under_the_names_vllm_is_given() -> None:
-    args = arguments.apply_settings(namespace(), SETTINGS)
-    for path in (args.worker_cls, args.scheduler_cls, args.middleware[-1]):
+    args = arguments.apply_settings(namespace(), SETTINGS, Gate())
+    for path in (args.worker_cls, args.scheduler_cls, *args.middleware[1:]):
         module, _, name = path.rpartition(".")
         assert hasattr(__import__(module, fromlist=[name]), name)
 
 
+UVICORN = {"disable_access_log_for_endpoints": None, "disable_uvicorn_access_log": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "theirs", "logged"),
+    [
+        (ServeConfig(), {}, True),
+        (ServeConfig(access_log=False), {}, False),
+        (ServeConfig(), {"disable_uvicorn_access_log": True}, False),
+    ],
+)
+def test_there_is_one_access_log(config: ServeConfig, theirs: dict[str, Any], logged: bool) -> None:
+    args = namespace(served_model_name=["a", "b"], **{**UVICORN, **theirs})
+    gate = arguments.make_gate(config, KeyRing(), args)
+    assert (gate.access_log, gate.bases) == (logged, ("a", "b"))
+    assert arguments.apply_settings(args, SETTINGS, gate).disable_uvicorn_access_log
+    scope = {"app": SimpleNamespace(state=SimpleNamespace(args=args))}
+    assert gate_of(scope) is gate
+
+
+@pytest.mark.parametrize("name", ["VLLM_API_KEY", "LORAMUX_API_KEY", "LORAMUX_ADMIN_KEY"])
+def test_no_key_stays_in_the_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "k")
+    arguments.set_environment("base")
+    assert name not in os.environ
+
+
+def test_paths_vllm_would_not_log_are_not_logged() -> None:
+    args = namespace(served_model_name=["a"], **{**UVICORN, "disable_access_log_for_endpoints": "/health, /metrics,"})
+    assert arguments.make_gate(ServeConfig(), KeyRing(), args).unlogged == {"/health", "/metrics"}
+
+
 def test_our_key_is_ours() -> None:
     with pytest.raises(ConfigError):
-        arguments.apply_settings(namespace(additional_config={KEY: {}}), SETTINGS)
+        arguments.apply_settings(namespace(additional_config={KEY: {}}), SETTINGS, Gate())
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from loramux.engine.manager import AdapterManager
+from loramux.engine.routing import RoutingMonitor
 from loramux.engine.settings import DataPlaneSettings
 from loramux_adapters.artefact import digest_of, write_artefact
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
@@ -39,6 +40,7 @@ def make_manager(capacity_bytes: int = 2**20, slots: int = 4) -> AdapterManager:
         dtype=torch.float32,
         device="cpu",
     )
+    manager.routing = RoutingMonitor(manager.pool)
     return manager
 
 
@@ -297,3 +299,17 @@ def test_vllms_own_load_is_refused_unless_the_adapter_is_there(artefact: Callabl
     load(manager, 1, artefact(1))
     assert manager.add_adapter(request) is False
     assert manager.pin_adapter(1)
+
+
+def test_broken_statistics_cost_no_answer(artefact: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = make_manager()
+    assert load(manager, 1, artefact(1))["state"] == "resident"
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no statistics")
+
+    monkeypatch.setattr(manager.routing, "before", fail)
+    monkeypatch.setattr(manager.routing, "after", fail)
+    manager.step(np.array([1, 0]), np.array([2, 1]), ["a", "b"])
+    manager.forward_issued()
+    assert manager.pool.active and not manager.missing

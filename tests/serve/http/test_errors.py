@@ -17,7 +17,8 @@ from pydantic import BaseModel
 
 from loramux import errors
 from loramux.errors import LoramuxError
-from loramux.http.errors import DEFAULTS, ErrorShape, normalise, render
+from loramux.http.error_shape import ErrorShape
+from loramux.http.errors import DEFAULTS, normalise, render
 
 Message = MutableMapping[str, Any]
 
@@ -170,6 +171,80 @@ async def test_a_stream_that_breaks_is_not_answered_twice() -> None:
     assert [m["type"] for m in sent] == ["http.response.start", "http.response.body"]
 
 
+async def stream(
+    *chunks: bytes | Exception, content_type: bytes = b"text/event-stream; charset=utf-8"
+) -> list[Message]:
+    """What leaves when an app streams `chunks`, each at once; an exception among them is raised."""
+    sent: list[Message] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"Content-Type", content_type)]})
+        for i, chunk in enumerate(chunks):
+            if isinstance(chunk, Exception):
+                raise chunk
+            await send({"type": "http.response.body", "body": chunk, "more_body": i + 1 < len(chunks)})
+            assert len(sent) == i + 2, "a chunk was held back"
+
+    await drive(ErrorShape(app), sent)
+    return sent
+
+
+EVENT = b'data: {"id": "c-1", "choices": [{"delta": {"content": "data: {\\"error\\": 1}"}}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+VLLM = {"error": {"message": "Too long.", "type": "BadRequestError", "param": "prompt", "code": 400}}
+
+
+@pytest.mark.parametrize(
+    ("event", "status", "code", "type_"),
+    [
+        (VLLM, 400, "invalid_request", "invalid_request_error"),
+        ({"error": {"message": "Gone.", "code": 500}}, 500, "internal_error", "server_error"),
+        ({"error": {"message": "Wait.", "code": 503}}, 503, "service_unavailable", "server_error"),
+        (
+            {"error": {"message": "Ours.", "type": "server_error", "code": "adapter_loading"}},
+            503,
+            "adapter_loading",
+            "server_error",
+        ),
+        ({"error": "Text."}, 500, "internal_error", "server_error"),
+    ],
+)
+async def test_an_error_within_a_stream_has_the_shape_too(event: Any, status: int, code: str, type_: str) -> None:
+    broken = b"data: " + json.dumps(event).encode() + b"\n\n"
+    for chunks in ([EVENT, broken, DONE], [EVENT + broken + DONE]):
+        body = b"".join(message.get("body", b"") for message in await stream(*chunks))
+        assert body.startswith(EVENT) and body.endswith(b"\n\n" + DONE)
+        error = json.loads(body[len(EVENT) + len(b"data: ") : -len(DONE)])["error"]
+        assert set(error) == {"message", "type", "param", "code", "hint"}
+        assert (error["code"], error["type"]) == (code, type_)
+        assert error["message"] in str(event)
+
+
+@pytest.mark.parametrize(
+    "chunk", [EVENT, b'data: {"error": {"mess', b': {"error": 1}\n\n', b'x data: {"error": 1}\n\n', b"\xff\x00", b""]
+)
+async def test_what_is_no_error_event_passes_as_it_is(chunk: bytes) -> None:
+    assert [message["body"] for message in (await stream(chunk, DONE))[1:]] == [chunk, DONE]
+    same = b'data: {"error": 1}\n\n'
+    assert (await stream(same, content_type=b"application/octet-stream"))[1]["body"] == same
+
+
+async def test_a_stream_whose_app_crashes_ends_with_an_error_event() -> None:
+    sent: list[Message] = []
+
+    async def crashing(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        await send({"type": "http.response.body", "body": EVENT, "more_body": True})
+        raise RuntimeError("secret detail")
+
+    with pytest.raises(RuntimeError):
+        await drive(ErrorShape(crashing), sent)
+    event = sent[-1]["body"]
+    assert event.startswith(b"data: ") and event.endswith(b"\n\n") and b"secret" not in event
+    assert json.loads(event[6:])["error"]["code"] == "internal_error"
+    assert sent[-1]["more_body"], "the answer is not whole, and must not look so"
+
+
 async def test_a_client_that_left_is_not_an_error() -> None:
     sent: list[Message] = []
 
@@ -223,12 +298,13 @@ def every_error() -> list[type[LoramuxError]]:
 
 @pytest.mark.parametrize("kind", every_error())
 def test_our_own_errors_are_already_in_the_shape(kind: type[LoramuxError]) -> None:
-    more = {"code": "adapter_corrupt"} if issubclass(kind, errors.AdapterRefused) else {}
-    error = kind("What happened.", hint="What to do.", param="model", **more)
+    error = kind.__new__(kind)  # some word their message themselves
+    LoramuxError.__init__(error, "What happened.", hint="What to do.", param="model")
     status, body, headers = render(error)
     assert normalise(status, body) == body
     assert (status in DEFAULTS) or status == 500
-    assert ("Retry-After" in headers) == (status == 503)
+    assert ("Retry-After" in headers) or status != 503
+    assert ("WWW-Authenticate" in headers) == (status == 401)
     assert body["error"]["hint"] == "What to do."
 
 

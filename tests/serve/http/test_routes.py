@@ -3,86 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from fastapi import FastAPI
 
 from loramux.errors import AdapterRefused, PoolExhausted
-from loramux.http import Services, attach
-from loramux.http.errors import ErrorShape
-from loramux.registry import State
+from loramux.registry import Given, State
 from loramux_adapters import AdapterCorrupt
 
-from ..fakes import BASE, CACHE, World, until
-
-ERROR_KEYS = {"message", "type", "param", "code", "hint"}
-
-
-@dataclass
-class Server:
-    """One app and a client that talks to it in process."""
-
-    world: World
-    root: Path
-    app: FastAPI
-    client: httpx.AsyncClient
-    stats: dict[str, int] = field(default_factory=lambda: {"capacity_bytes": 10, "used_bytes": 4})
-
-    async def post(self, route: str, **body: Any) -> httpx.Response:
-        return await self.client.post(route, json={k: str(v) if isinstance(v, Path) else v for k, v in body.items()})
-
-    async def load(self, name: str, **more: Any) -> httpx.Response:
-        return await self.post("/v1/load_lora_adapter", lora_name=name, lora_path=self.root / name, **more)
-
-
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[Server]:
-    root = tmp_path / "adapters-of-this-host"
-    root.mkdir()
-    world = World(roots=(root,))
-    app = FastAPI()
-
-    # What vLLM's own server has at these paths.
-    @app.get("/v1/models")
-    async def core_models() -> str:
-        return "core"
-
-    @app.post("/v1/load_lora_adapter")
-    async def core_load() -> str:
-        return "core"
-
-    @app.get("/v1/load_lora_adapter")
-    async def other_method() -> str:
-        return "other method"
-
-    attach(app)
-    app.add_middleware(ErrorShape)
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://test"
-    ) as client:
-        server = Server(world, root, app, client)
-
-        async def stats() -> dict[str, int]:
-            return server.stats
-
-        app.state.loramux = Services(world.registry, BASE, 4096, stats)
-        yield server
-
-
-def error_of(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
-    """The error object of a response that must be OpenAI's, with something to do next."""
-    assert response.status_code == status, response.text
-    error: dict[str, Any] = response.json()["error"]
-    assert set(error) == ERROR_KEYS
-    assert error["code"] == code
-    assert isinstance(error["message"], str)
-    assert error["hint"]
-    return error
+from ..fakes import BASE, CACHE, until
+from .serving import Server, error_of
 
 
 async def test_core_routes_of_the_same_path_and_method_give_way(server: Server) -> None:
@@ -154,14 +84,12 @@ async def test_load_twice_then_in_place_then_unload(server: Server) -> None:
     gone = await server.post("/v1/unload_lora_adapter", lora_name="a", lora_int_id=7)
     assert gone.json()["model"]["adapter"]["state"] == "gone"
     error_of(await server.post("/v1/unload_lora_adapter", lora_name="a"), 404, "model_not_found")
-    assert server.world.data_plane.resident == set()
+    assert not server.world.data_plane.resident
 
 
 async def test_unload_answers_while_requests_still_run(server: Server) -> None:
     await server.load("a")
-    entry = server.world.registry.resident("a")
-    assert entry is not None
-    entry.acquire()
+    await server.world.hold("a")
     answer = await server.post("/v1/unload_lora_adapter", lora_name="a")
     assert (answer.status_code, answer.json()["model"]["adapter"]["state"]) == (200, "draining")
 
@@ -195,14 +123,15 @@ async def test_a_refused_adapter_keeps_the_code_of_its_check(server: Server) -> 
 
 
 async def test_not_ready_while_the_adapters_of_the_start_load_and_ready_ever_after(server: Server) -> None:
-    server.world.data_plane.gate.clear()
-    first = asyncio.create_task(server.load("a"))
-    await until(lambda: (e := server.world.registry.entries().get("a")) and e.state is State.HOST)
+    world = server.world
+    world.data_plane.gate.clear()
+    start = asyncio.create_task(world.registry.start({"a": Given(server.root / "a")}))
+    await until(lambda: world.state("a") is State.HOST)
     answer = await server.client.get("/health/ready")
     assert (answer.json()["status"], answer.json()["adapters"]) == ("loading", {"host": 1})
     error_of(answer, 503, "not_ready")
-    server.world.data_plane.gate.set()
-    await first
+    world.data_plane.gate.set()
+    await start
     answer = await server.client.get("/health/ready")
     assert answer.status_code == 200
     assert answer.json() == {
@@ -212,11 +141,11 @@ async def test_not_ready_while_the_adapters_of_the_start_load_and_ready_ever_aft
         "adapter_memory": {"capacity_bytes": 10, "used_bytes": 4},
     }
     # One user's load must not take the server away from all others.
-    server.world.data_plane.gate.clear()
+    world.data_plane.gate.clear()
     later = asyncio.create_task(server.load("b"))
-    await until(lambda: len(server.world.registry.entries()) == 2)
+    await until(lambda: world.state("b") is State.HOST)
     assert (await server.client.get("/health/ready")).status_code == 200
-    server.world.data_plane.gate.set()
+    world.data_plane.gate.set()
     await later
 
 
@@ -230,6 +159,7 @@ async def test_ready_tells_a_busy_engine_from_a_dead_one(server: Server, monkeyp
     async def dead() -> dict[str, int]:
         raise RuntimeError("EngineDeadError")
 
+    await server.world.registry.start({})
     server.app.state.loramux.pool_stats = busy
     answer = await server.client.get("/health/ready")
     assert (answer.status_code, answer.json()["adapter_memory"]) == (200, None)

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from loramux.errors import AdapterNotFound
 from loramux.metrics import AdapterMetrics, instrument
-from loramux.registry import AdapterEntry, State
+from loramux.registry import State, Version
 
 from ..fakes import BASE, FakeEngine, World, lora_request, output, until
 
@@ -30,7 +29,7 @@ class Bench:
         self.prometheus = CollectorRegistry()
         self.metrics = AdapterMetrics(self.prometheus)
         self.world = World(observer=self.metrics)
-        self.entry: AdapterEntry
+        self.version: Version
 
     def engine(self, *script: Any) -> FakeEngine:
         engine = FakeEngine(*script)
@@ -38,7 +37,7 @@ class Bench:
         return engine
 
     def stream(self, engine: FakeEngine, params: Any = DELTA, **kwargs: Any) -> Any:
-        kwargs.setdefault("lora_request", lora_request(self.entry))
+        kwargs.setdefault("lora_request", lora_request(self.version, "a"))
         return engine.generate("prompt", params, "id", **kwargs)
 
     def value(self, name: str, **labels: str) -> float:
@@ -57,9 +56,9 @@ class Bench:
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
     bench = Bench()
-    bench.entry = await bench.world.registry.load("a", Path("/adapters/a"))
+    bench.version = await bench.world.load("a")
     yield bench
-    assert bench.entry.in_flight == 0, "a lease was leaked"
+    assert bench.version.leases == 0, "a lease was leaked"
     assert bench.value("requests_in_flight") == 0
 
 
@@ -123,10 +122,10 @@ async def test_the_lease_lasts_until_the_engine_is_done(bench: Bench) -> None:
     gate = asyncio.Event()
     engine = bench.engine(output(([1], None)), gate, output(([2], "stop"), finished=True))
     held: list[int] = []
-    engine.on_close = lambda: held.append(bench.entry.in_flight)
+    engine.on_close = lambda: held.append(bench.version.leases)
     task = asyncio.create_task(collect(bench.stream(engine)))
     await until(lambda: bench.value("requests_in_flight") == 1)
-    assert bench.entry.in_flight == 1
+    assert bench.version.leases == 1
     gate.set()
     await task
     assert held == [1]
@@ -135,7 +134,7 @@ async def test_the_lease_lasts_until_the_engine_is_done(bench: Bench) -> None:
 async def test_a_consumer_that_closes_early_is_an_abort(bench: Bench) -> None:
     engine = bench.engine(output(([1], None)), output(([2], "stop"), finished=True))
     held: list[int] = []
-    engine.on_close = lambda: held.append(bench.entry.in_flight)
+    engine.on_close = lambda: held.append(bench.version.leases)
     async with aclosing(bench.stream(engine)) as stream:
         async for _ in stream:
             break
@@ -149,7 +148,7 @@ async def test_a_consumer_that_closes_early_is_an_abort(bench: Bench) -> None:
 async def test_a_cancelled_request_is_an_abort(bench: Bench) -> None:
     engine = bench.engine(output(([1], None)), asyncio.Event())
     held: list[int] = []
-    engine.on_close = lambda: held.append(bench.entry.in_flight)
+    engine.on_close = lambda: held.append(bench.version.leases)
     task = asyncio.create_task(collect(bench.stream(engine)))
     await until(lambda: bench.value("requests_in_flight") == 1)
     await asyncio.sleep(0.01)
@@ -203,51 +202,80 @@ async def test_base_requests_need_no_lease(bench: Bench) -> None:
 async def test_a_version_unloaded_since_its_look_up_never_enters_the_engine(bench: Bench, running: int) -> None:
     engine = bench.engine(output(([1], "stop"), finished=True))
     stream = bench.stream(engine)
-    for _ in range(running):
-        bench.entry.acquire()
-    await bench.world.registry.unload("a")
-    assert bench.entry.state is (State.DRAINING if running else State.GONE)
+    held = [await bench.world.hold("a") for _ in range(running)]
+    await bench.world.registry.delete("a")
+    assert bench.version.state is (State.DRAINING if running else State.GONE)
     with pytest.raises(AdapterNotFound):
         await anext(stream)
     assert engine.log == []
-    for _ in range(running):
-        bench.entry.release()
+    for version in held:
+        bench.world.registry.release(version)
 
 
-@pytest.mark.parametrize("content", ["a", "another"])
-async def test_a_version_replaced_since_its_look_up_gives_way_to_the_new_one(bench: Bench, content: str) -> None:
-    """Also when both have the same content, and so the same name inside the engine."""
+async def test_a_version_replaced_since_its_look_up_gives_way_to_the_new_one(bench: Bench) -> None:
     engine = bench.engine(output(([1], "stop"), finished=True))
     held: list[int] = []
     stream = bench.stream(engine)
-    new = await bench.world.registry.load("a", Path("/adapters") / content, replace=True)
-    await until(lambda: bench.entry.state is State.GONE)
-    engine.on_close = lambda: held.append(new.in_flight)
+    new = await bench.world.load("a", "another", replace=True)
+    engine.on_close = lambda: held.append(new.leases)
     await collect(stream)
-    assert engine.requests == [lora_request(new)]
+    assert engine.requests == [lora_request(new, f"a@{new.digest}")]
     assert engine.requests[0].lora_int_id in bench.world.data_plane.resident
     assert held == [1]
-    assert new.in_flight == 0
+    assert new.leases == 0
+
+
+async def test_a_version_asked_for_by_its_digest_is_not_exchanged(bench: Bench) -> None:
+    engine = bench.engine(output(([1], "stop"), finished=True))
+    asked = lora_request(bench.version, f"base:a@{bench.version.digest}")
+    await bench.world.load("a", "another", replace=True)
+    await until(lambda: bench.version.state is State.HOST)
+    await collect(bench.stream(engine, lora_request=asked))  # it is brought back for it
+    assert engine.requests == [lora_request(bench.version, f"base:a@{bench.version.digest}")]
+    await bench.world.load("a", "third", replace=True)
+    with pytest.raises(AdapterNotFound):
+        await collect(bench.stream(engine, lora_request=asked))
+
+
+async def test_an_answer_of_several_calls_is_of_one_version(bench: Bench) -> None:
+    """Beam search calls the engine for every token, with the request it was given at the beginning."""
+    engine = bench.engine(output(([1], "stop"), finished=True))
+    asked = lora_request(bench.version, "a")
+    await collect(bench.stream(engine, lora_request=asked))
+    await bench.world.load("a", "another", replace=True)
+    await collect(bench.stream(engine, lora_request=asked))
+    assert {request.lora_name for request in engine.requests} == {bench.version.tag}
+
+
+async def test_a_version_that_was_evicted_since_its_look_up_is_brought_back(bench: Bench) -> None:
+    bench.world.data_plane.capacity = bench.world.registry._residency._capacity_bytes = 1000
+    engine = bench.engine(output(([1], "stop"), finished=True))
+    stream = bench.stream(engine)
+    await bench.world.load("b")
+    assert bench.version.state is State.HOST
+    await collect(stream)
+    assert engine.requests[0].lora_int_id == bench.version.version_id
+    assert bench.value("load_wait_seconds_count") == 1
 
 
 async def test_a_request_keeps_the_version_it_began_with(bench: Bench) -> None:
     gate = asyncio.Event()
     engine = bench.engine(output(([1], None)), gate, output(([2], "stop"), finished=True))
     task = asyncio.create_task(collect(bench.stream(engine)))
-    await until(lambda: bench.entry.in_flight)
-    await bench.world.registry.load("a", Path("/adapters/b"), replace=True)
+    await until(lambda: bench.version.leases)
+    await bench.world.load("a", "b", replace=True)
     await asyncio.sleep(0.01)
-    assert bench.entry.version_id in bench.world.data_plane.resident
+    assert bench.version.version_id in bench.world.data_plane.resident
     gate.set()
     await task
-    await until(lambda: bench.entry.state is State.GONE)
+    await until(lambda: bench.version.state is State.HOST)
 
 
 async def test_an_adapter_inside_a_processed_prompt_is_leased_too(bench: Bench) -> None:
     gate = asyncio.Event()
     engine = bench.engine(output(([1], None)), gate, output(([2], "stop"), finished=True))
-    prompt = SimpleNamespace(lora_request=lora_request(bench.entry))
+    prompt = SimpleNamespace(lora_request=lora_request(bench.version))
     task = asyncio.create_task(collect(engine.generate(prompt, DELTA, "id")))
-    await until(lambda: bench.entry.in_flight == 1)
+    await until(lambda: bench.version.leases == 1)
     gate.set()
     await task

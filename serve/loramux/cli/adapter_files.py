@@ -1,0 +1,71 @@
+"""`loramux adapters check`, `show PATH` and `methods`: without a server, a GPU or vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from loramux.bases import DEFAULT_BASE
+from loramux.cli import adapter_report
+from loramux.cli.base import load_base
+from loramux.cli.terminal import table
+from loramux.console import say
+from loramux.errors import LoramuxError
+from loramux_adapters import AdapterError, LoweredAdapter, lower
+from loramux_adapters.abilities import Abilities
+from loramux_adapters.files import AdapterFolder
+from loramux_adapters.methods import METHODS, find_method
+from loramux_adapters.methods.native import Native, read_file
+from loramux_adapters.verify import check_values
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Exit status: 0 for an adapter that was read and, with `check`, can be served; 1 otherwise."""
+    try:
+        adapter, made_for, checked_on = _load(Path(options.path), options.base, needs_base=options.command == "check")
+    except AdapterError as error:
+        refused = adapter_report.refusal(error)
+        say(*([json.dumps(refused, indent=2)] if options.json else adapter_report.refusal_lines(error)))
+        return 1
+    except LoramuxError as error:
+        sys.stderr.write(f"loramux adapters: {error}\n")
+        return 1
+    found = adapter_report.report(adapter, made_for=made_for, checked_on=checked_on)
+    say(*([json.dumps(found, indent=2)] if options.json else adapter_report.lines(found)))
+    return 0 if found["servable"] or options.command == "show" else 1
+
+
+def methods(options: argparse.Namespace) -> int:
+    """List the kinds of adapters."""
+    if options.json:
+        say(json.dumps([{"name": method.name, **vars(method.abilities)} for method in METHODS], indent=2))
+        return 0
+    heads = ("method", "read", "write", "serve", "exact", "router")
+    say(*table([heads, *(_row(method.name, method.abilities) for method in METHODS)]))
+    return 0
+
+
+def _load(path: Path, base: str | None, *, needs_base: bool) -> tuple[LoweredAdapter, str | None, str | None]:
+    """The adapter, the base that it names if it is native, and the base that it was checked on if there was one."""
+    if needs_base or base is not None:
+        return _on_base(path, base)
+    folder = AdapterFolder(path)
+    if find_method(folder).name != Native.name:
+        return _on_base(path, None)
+    native = read_file(folder)
+    check_values(native.adapter)
+    return native.adapter, native.base, None
+
+
+def _on_base(path: Path, base: str | None) -> tuple[LoweredAdapter, str | None, str | None]:
+    model = load_base(base or DEFAULT_BASE)
+    return lower(path, model), None, model.name
+
+
+def _row(name: str, can: Abilities) -> tuple[str, ...]:
+    def word(value: bool | str) -> str:
+        return value if isinstance(value, str) else "yes" if value else "no"
+
+    return (name, can.read, word(can.write), word(can.serve), word(can.exact), can.router)

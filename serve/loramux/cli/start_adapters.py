@@ -1,0 +1,116 @@
+"""The adapters that `loramux serve` starts with: found, checked as far as they must be, and measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from loramux.config import ADAPTER_NAME, ServeConfig
+from loramux.console import say
+from loramux.errors import ConfigError
+from loramux.paths import cache_dir
+from loramux.registry import Given, Prepare, Store, read_source
+from loramux_adapters import AdapterError, Artefact, BaseModel, open_artefact
+from loramux_adapters.native import VERSION
+
+#: So many adapters in --adapters folders are read before the server is ready; more are read while it serves.
+FEW = 32
+
+
+def find(config: ServeConfig, bases: Collection[str]) -> dict[str, Given]:
+    """Every adapter the command line names; those named one by one come first. Raises ConfigError."""
+    in_dirs = dict(found for folder in config.adapter_dirs for found in adapters_in(folder))
+    others = {name: path for name, path in in_dirs.items() if name not in config.adapters}
+    adapters = {name: Given(path, required=True) for name, path in config.adapters.items()}
+    adapters |= {name: Given(path, settle=len(others) <= FEW) for name, path in others.items()}
+    for name in adapters:
+        if any(name == base or name.startswith(f"{base}:") for base in bases):
+            raise ConfigError(
+                f"The adapter name {name!r} is the base model's, or begins with it.",
+                hint="Rename it, or give the base another name with --served-model-name.",
+            )
+    return adapters
+
+
+def adapters_in(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Name and path of every adapter, folder or native file, in `folder`. Raises ConfigError if it does not exist."""
+    if not folder.is_dir():
+        raise ConfigError(f"--adapters {folder}: no such folder.")
+    for path in sorted(folder.iterdir()):
+        native = path.suffix == ".safetensors" and path.is_file()
+        if not native and not (path.is_dir() and (any(path.glob("adapter_*")) or any(path.glob("*.safetensors")))):
+            continue
+        name = path.stem if native else path.name
+        if ADAPTER_NAME.fullmatch(name):
+            yield name, path
+        else:
+            say(f"adapter {name!r}: not served, this cannot be an adapter's name.")
+
+
+def check(adapters: Mapping[str, Given], prepare: Prepare, store: Store, *, all_of_them: bool) -> dict[str, Artefact]:
+    """What the adapters contain that must be known now; the others' as far as the store remembers it.
+
+    A failure is reported; that of a required one ends the start, with all of them told. Raises ConfigError.
+    """
+    known, refused = {}, []
+    for name, given in adapters.items():
+        if (artefact := store.recall(given.source)) is not None:
+            known[name] = artefact
+        elif given.settle or all_of_them:
+            try:
+                known[name] = read_source(prepare, store, given.source)
+            except AdapterError as error:
+                say(f"adapter {name}: {error}")
+                if given.required:
+                    refused.append(name)
+            except OSError as error:
+                raise ConfigError(
+                    f"adapter {name}: {error}.",
+                    hint="Is there space in the cache? LORAMUX_CACHE names another folder.",
+                ) from error
+    if refused:
+        raise ConfigError(
+            f"Not started: {', '.join(refused)} cannot be served exactly (see above).",
+            hint="Leave them out, or serve a folder with --adapters DIR, which lists what fails instead.",
+        )
+    return known
+
+
+def pool_bytes(artefact: Artefact, base: BaseModel, item_bytes: int, *, exact: bool) -> int:
+    """Bytes of an adapter's weights in the pool, routers included, up to alignment.
+
+    Not `exact`: from the summary alone, up to a few per cent, for adapters by the thousand.
+    """
+    if exact:
+        try:
+            return _weights(artefact, base) * item_bytes
+        except AdapterError:  # damaged since it was written: it will be read from its source again
+            pass
+    stored = 2 if artefact.summary.dtype in ("bfloat16", "float16") else 4
+    return artefact.summary.nbytes * item_bytes // stored
+
+
+def _weights(artefact: Artefact, base: BaseModel) -> int:
+    adapter = open_artefact(artefact.path)
+    weights = 0
+    for module, site in adapter.sites.items():
+        d_in, d_out = base.linears[module]
+        experts = adapter.gates[site.gate].experts if site.gate is not None else 0
+        weights += site.rank * (d_in + d_out) + experts * d_in
+    return weights
+
+
+def open_store(config: ServeConfig, base: BaseModel, port: int, cache: Path) -> Store:
+    """The state file of this server. Raises ConfigError. A dry run has none: it may run beside the server."""
+    if config.dry_run:
+        return Store.in_memory(cache)
+    path = config.state or cache_dir() / "state" / f"{base.name.replace('/', '--')}-{port}.sqlite"
+    return Store.open(path, base=_fingerprint(base), cache=cache)
+
+
+def _fingerprint(base: BaseModel) -> str:
+    """Changes when what was checked against the base would have to be checked again."""
+    text = json.dumps([VERSION, sorted(base.linears.items()), sorted(base.head), sorted(base.embeddings)])
+    return hashlib.sha256(text.encode()).hexdigest()

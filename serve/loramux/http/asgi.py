@@ -1,0 +1,60 @@
+"""The ASGI vocabulary our middleware shares."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def route_path(scope: Scope) -> str:
+    """The path the router will match: decoded, less the root path, compared character by character.
+
+    As Starlette computes it, so that a rule about a path and the route behind it can never mean different paths.
+    """
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
+        return path[len(root) :]
+    return path
+
+
+def headers(scope: Scope, name: bytes) -> list[str]:
+    """Every value of a header, in order; `name` in lower case."""
+    return [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name]
+
+
+def request_state(scope: Scope) -> dict[str, Any]:
+    """What `request.state` shows; the server makes a fresh one for every request.
+
+    Ours in it: `loramux_request_id`, `loramux_caller` and, once there is an error, its code `loramux_error`.
+    """
+    state: dict[str, Any] = scope.setdefault("state", {})
+    return state
+
+
+async def read_body(receive: Receive) -> bytes | None:
+    """The whole body (`BodyLimit` bounds it), None if the client left."""
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """A receive that gives a body that was read already."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return replay

@@ -1,0 +1,127 @@
+"""A key with an allow-list reaches its adapters, the base, and nothing else; other adapters do not exist for it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from loramux.errors import AdapterNotFound, InvalidRequest, LoramuxError, RouteNotAllowed
+from loramux.http.asgi import App, Message, Receive, Scope, Send, read_body, replayed, request_state, route_path
+from loramux.http.errors import refuse
+from loramux.http.gate import gate_of
+from loramux.http.keys import Caller
+from loramux.http.rules import READ, Need, need
+
+#: All that such a key reaches: vLLM has many more routes, which may name a model in ways not known here.
+_MODEL_IN_BODY = frozenset({"/v1/chat/completions", "/v1/completions"})
+_MODEL_IN_PATH = ("/v1/models/", "/v1/adapters/")
+_WITHOUT_MODEL = frozenset({"/v1/models", "/v1/adapters", "/version", "/openapi.json", "/docs", "/redoc"})
+
+
+class ModelAccess:
+    """ASGI middleware inside `Authentication` and `BodyLimit`; requests of unrestricted callers pass untouched."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        caller: Caller = request_state(scope)["loramux_caller"]
+        gate = gate_of(scope)
+        if not caller.restricted or need(scope, protect_metrics=gate.protect_metrics) is Need.OPEN:
+            await self.app(scope, receive, send)
+            return
+        try:
+            named = _place_of_model(scope)
+            if named is _BODY:
+                body = await read_body(receive)
+                if body is None:
+                    return  # the client left
+                receive = replayed(body, receive)
+                named = model_in(body)
+            if named:
+                _check(named, gate.bases, caller)
+                send = _UniformNotFound(scope, send, named)
+        except LoramuxError as error:
+            await refuse(scope, send, error)
+            return
+        await self.app(scope, receive, send)
+
+
+_BODY = object()
+
+
+def _place_of_model(scope: Scope) -> Any:
+    """The model the path names, `_BODY` if the body does, None if nothing must. Raises RouteNotAllowed."""
+    path = route_path(scope)
+    if scope["type"] == "http" and scope["method"] in READ:
+        if path in _WITHOUT_MODEL:
+            return None
+        for prefix in _MODEL_IN_PATH:
+            if path.startswith(prefix) and len(path) > len(prefix):
+                return path[len(prefix) :]
+    if scope["type"] == "http" and scope["method"] == "POST" and path in _MODEL_IN_BODY:
+        return _BODY
+    raise RouteNotAllowed("This key may only list and use its adapters.")
+
+
+def model_in(body: bytes) -> str | None:
+    """The body's model, None if it names none (the base answers). Raises InvalidRequest if that is not certain.
+
+    Parsed as the routes parse it. A second "model" is refused: which one counts is a matter of the parser.
+    """
+    pairs: list[tuple[str, Any]] = []
+
+    def keep(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        pairs[:] = found  # the outermost object ends last
+        return dict(found)
+
+    try:
+        value = json.loads(body, object_pairs_hook=keep)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("The body is not JSON.") from None
+    models = [model for key, model in pairs if key == "model"]
+    if not isinstance(value, dict) or len(models) > 1:
+        raise InvalidRequest("The body must be one JSON object with at most one `model`.", param="model")
+    model = models[0] if models else None
+    if model is not None and not isinstance(model, str):
+        raise InvalidRequest("`model` must be text.", param="model")
+    return model
+
+
+def adapter_of(model: str, bases: tuple[str, ...]) -> str | None:
+    """The adapter a spelling speaks of, None for the base. The registry reads spellings the same way (tested)."""
+    if model in bases:
+        return None
+    name = model.partition("@")[0]
+    prefix = next((f"{base}:" for base in bases if name.startswith(f"{base}:")), "")
+    return name.removeprefix(prefix)
+
+
+def _check(model: str, bases: tuple[str, ...], caller: Caller) -> None:
+    adapter = adapter_of(model, bases)
+    if adapter is not None and not caller.allows(adapter):
+        raise _not_found(model)
+
+
+def _not_found(model: str) -> AdapterNotFound:
+    return AdapterNotFound(
+        f"The model {model[:200]!r} does not exist.", hint="GET /v1/models lists what is served.", param="model"
+    )
+
+
+class _UniformNotFound:
+    """A send that words every 404 alike: the registry's own names close matches, which may be another tenant's."""
+
+    def __init__(self, scope: Scope, send: Send, model: str) -> None:
+        self._scope, self._send, self._model = scope, send, model
+        self._found = True
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 404:
+            self._found = False
+            await refuse(self._scope, self._send, _not_found(self._model))
+        if self._found:
+            await self._send(message)

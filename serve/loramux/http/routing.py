@@ -1,0 +1,115 @@
+"""`"routing": true` in a completion request: the answer tells which experts of a mixture it used.
+
+The answer's JSON object gets a field `routing`, and a stream one more chunk before `[DONE]`, with no choices:
+
+    {"adapter": "desk@3f2a…", "tokens": 57, "decisions": 6840, "entropy_nats": 0.98,
+     "experts": [{"expert": 0, "weight": 0.91, "selected": 0.93}, …]}
+
+A decision is one token at one router; `weight` is the expert's mean share of the weight, `selected` how often it was
+used at all. `routing` is null where the model is no mixture. Tokens found in the prefix cache were not routed again,
+and of a long prompt's step only the first tokens are counted: `tokens` says how many there are.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from loramux.errors import InvalidRequest
+from loramux.http.asgi import App, Message, Receive, Scope, Send, read_body, replayed, route_path
+from loramux.http.errors import refuse
+from loramux.metrics.routing import Report, wanted
+
+_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+_DONE = b"data: [DONE]"
+_FIELD = "routing"
+
+
+class RoutingReport:
+    """ASGI middleware. Requests that do not ask pass untouched, their answers unbuffered."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or route_path(scope) not in _PATHS:
+            await self.app(scope, receive, send)
+            return
+        body = await read_body(receive)
+        if body is None:
+            return  # the client left
+        asked, receive = _asked(body), replayed(body, receive)
+        if asked is False:
+            await self.app(scope, receive, send)
+        elif asked is True:
+            report = Report()
+            token = wanted.set(report)
+            try:
+                await self.app(scope, receive, _Answer(send, report))
+            finally:
+                wanted.reset(token)
+        else:
+            hint = 'Send "routing": true, or leave it out.'
+            await refuse(scope, send, InvalidRequest("routing must be true or false.", hint=hint, param=_FIELD))
+
+
+class _Answer:
+    """Adds the report to a JSON answer (held back until it is whole) or to a stream (passed on at once)."""
+
+    def __init__(self, send: Send, report: Report) -> None:
+        self._send = send
+        self._report = report
+        self._start: Message | None = None  # of a JSON answer
+        self._parts: list[bytes] = []
+        self._last = b""  # event of a stream
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 200 and _is_json(message):
+            self._start = message
+        elif message["type"] != "http.response.body":
+            await self._send(message)
+        elif self._start is None:
+            await self._send({**message, "body": self._extended(message.get("body", b""))})
+        else:
+            self._parts.append(message.get("body", b""))
+            if not message.get("more_body"):
+                await self._finish(self._start)
+
+    async def _finish(self, start: Message) -> None:
+        body = b"".join(self._parts)
+        answer = json.loads(body)
+        if isinstance(answer, dict):
+            body = json.dumps({**answer, _FIELD: self._report.value}).encode()
+        headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
+        await self._send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+        await self._send({"type": "http.response.body", "body": body})
+
+    def _extended(self, body: bytes) -> bytes:
+        """A piece of a stream, with our chunk before its end if it has that."""
+        if _DONE not in body:
+            self._last = body if body.startswith(b"data: {") else self._last
+            return body
+        try:
+            last = json.loads(self._last.removeprefix(b"data: ").partition(b"\n")[0])
+            chunk = {key: last[key] for key in ("id", "object", "created", "model")}
+        except (ValueError, KeyError, TypeError):  # nothing came before, or an error did
+            return body
+        event = json.dumps({**chunk, "choices": [], _FIELD: self._report.value})
+        return body.replace(_DONE, f"data: {event}\n\n".encode() + _DONE, 1)
+
+
+def _asked(body: bytes) -> Any:
+    """Value of the field; False when it is absent or the body is none of ours to judge."""
+    if b'"routing"' not in body:  # most requests are not parsed twice
+        return False
+    try:
+        request = json.loads(body)
+    except ValueError:
+        return False
+    value = request.get(_FIELD, False) if isinstance(request, dict) else False
+    return False if value is None else value
+
+
+def _is_json(start: Message) -> bool:
+    headers = {k.lower(): v for k, v in start["headers"]}
+    return bytes(headers.get(b"content-type", b"")).startswith(b"application/json")

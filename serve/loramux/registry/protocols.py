@@ -1,0 +1,67 @@
+"""What surrounds the registry: the reader, the device, the server's directory of names, and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from loramux_adapters import Artefact
+
+if TYPE_CHECKING:
+    from loramux.registry.entry import State, Version
+
+
+class Prepare(Protocol):
+    """Reads, checks and lowers a source; runs in a worker thread."""
+
+    def __call__(self, source: Path, *, on_read: Callable[[], object] = ...) -> Artefact:
+        """Calls `on_read` once everything is read. Raises AdapterError, or OSError for the cache."""
+
+
+class DataPlane(Protocol):
+    """The device side of an adapter version."""
+
+    async def load(self, version_id: int, artefact: Artefact) -> int:
+        """Copy an artefact into the pool, between engine steps; returns its bytes there.
+
+        Raises PoolExhausted, AdapterRefused (`adapter_unreadable` when the artefact is damaged); then nothing of it
+        is left on the device.
+        """
+
+    async def unload(self, version_id: int) -> None:
+        """Free what `load` took. Only for versions no request uses."""
+
+
+class Directory(Protocol):
+    """Where the HTTP server looks a model name up."""
+
+    def publish(self, version: Version) -> None:
+        """From now on the name of `version` means this one."""
+
+    def withdraw(self, name: str) -> None:
+        """From now on `name` means nothing."""
+
+
+class Observer(Protocol):
+    """Told what happens to adapters, for metrics."""
+
+    def moved(self, name: str, old: State | None, new: State) -> None:
+        """A version of `name` changed its state; `old` is None for a new one, and every one ends as GONE."""
+
+    def loaded(self, name: str, tier: str, stages: Mapping[str, float], resident_bytes: int) -> None:
+        """A version is resident. `tier`: `source` (stages read, verify, copy) or `host` (copy alone); seconds."""
+
+    def load_failed(self, name: str, code: str) -> None: ...
+
+    def evicted(self, name: str) -> None:
+        """A version left the device to make room for another."""
+
+    def unloaded(self, name: str) -> None:
+        """No version of `name` is on the device any more."""
+
+    def leases(self, name: str, count: int) -> None:
+        """Running requests of `name`, all versions."""
+
+    def waited(self, name: str, seconds: float) -> None:
+        """A request waited for its adapter before it entered the engine."""

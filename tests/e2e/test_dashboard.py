@@ -1,0 +1,115 @@
+"""Every query of the Grafana dashboard, on a real Prometheus that scraped a real server under traffic."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from ..docker.prometheus import DASHBOARD, Prometheus, queries, scraping
+
+pytestmark = pytest.mark.engine
+
+BASE = "smollm2-135m-instruct"
+MODELS = (BASE, "sarcasm", "spam")
+MIXTURE = "desk"
+EXPRESSIONS = dict(queries())
+#: Queries without data after this traffic, and why.
+NO_DATA = {"Loads and evictions: B": "nothing is evicted: everything fits into the pool"}
+TRAFFIC_S = 90
+
+
+@pytest.fixture(scope="module")
+def prometheus(server: Any, spare_adapters: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """Scraped while rounds of traffic went on until every query had an answer, or long enough."""
+    broken = spare_adapters / "observed-broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_text("{}")
+    with scraping(server.url.removeprefix("http://"), tmp_path_factory.mktemp("prometheus")) as prometheus:
+        _await_scrapes(prometheus)
+        deadline = time.monotonic() + TRAFFIC_S
+        while time.monotonic() < deadline and not all(_numbers(prometheus, t) for t in EXPRESSIONS if t not in NO_DATA):
+            for model in (*MODELS, MIXTURE):
+                _complete(server, model)
+            assert _put(server, "observed", spare_adapters / "spare0", wait_s=0).is_success
+            _complete(server, "observed")  # waits until it is loaded
+            assert _put(server, "refused", broken).is_error
+            assert httpx.delete(f"{server.url}/v1/adapters/observed").is_success
+            _await_scrapes(prometheus)
+        httpx.delete(f"{server.url}/v1/adapters/refused")
+        yield prometheus
+
+
+def _complete(server: Any, model: str) -> None:
+    body = {"model": model, "prompt": "The lighthouse keeper wrote that", "max_tokens": 12, "ignore_eos": True}
+    answer = server.post("/v1/completions", body)
+    assert answer.status_code == 200, answer.text
+
+
+def _put(server: Any, name: str, source: Any, wait_s: float = 30) -> httpx.Response:
+    url = f"{server.url}/v1/adapters/{name}"
+    return httpx.put(url, params={"wait": wait_s}, json={"source": str(source)}, timeout=60)
+
+
+def _await_scrapes(prometheus: Prometheus) -> None:
+    """Two more: the first may have begun before now."""
+
+    def scrapes() -> float:
+        return sum(value for _, value in prometheus.vector('count_over_time(up{job="loramux"}[30m])'))
+
+    before = scrapes()
+    prometheus.wait(lambda: scrapes() >= before + 2)
+
+
+def _numbers(prometheus: Prometheus, title: str) -> list[float]:
+    """The values that a query gives. A quantile of nothing, of an adapter without traffic, is no number."""
+    values = [value for _, value in prometheus.vector(EXPRESSIONS[title])]
+    if "histogram_quantile" in EXPRESSIONS[title]:
+        values = [value for value in values if not math.isnan(value)]
+    return values
+
+
+@pytest.mark.parametrize("title", EXPRESSIONS)
+def test_query(prometheus: Prometheus, title: str) -> None:
+    numbers = _numbers(prometheus, title)
+    assert numbers or title in NO_DATA, EXPRESSIONS[title]
+    assert all(map(math.isfinite, numbers)), numbers
+
+
+def test_panels_per_adapter_show_every_adapter(prometheus: Prometheus) -> None:
+    for title, expression in EXPRESSIONS.items():
+        if re.match(r"(Requests by adapter|Time to first|Inter-token)", title):
+            assert {labels["adapter"] for labels, _ in prometheus.vector(expression)} >= {*MODELS, MIXTURE}, title
+
+
+def test_the_experts_of_a_mixture_share_the_load(prometheus: Prometheus) -> None:
+    shares = prometheus.vector(EXPRESSIONS["Expert load: A"])
+    by_expert = {labels["expert"]: share for labels, share in shares if labels["adapter"] == MIXTURE}
+    assert len(by_expert) > 1 and sum(by_expert.values()) == pytest.approx(1)
+    entropy = {labels["adapter"]: value for labels, value in prometheus.vector(EXPRESSIONS["Router entropy: A"])}
+    assert 0 <= entropy[MIXTURE] <= math.log(len(by_expert)) + 1e-6
+
+
+def test_the_adapter_variable_lists_the_adapters(prometheus: Prometheus) -> None:
+    (variable,) = [v for v in DASHBOARD["templating"]["list"] if v["name"] == "adapter"]
+    metric, label = re.findall(r"\w+", variable["query"]["query"].removeprefix("label_values"))
+    values = prometheus.ask(f"label/{label}/values", **{"match[]": metric})
+    assert {*MODELS, MIXTURE, "other"} <= set(values)
+    two = prometheus.vector('sum by (adapter) (loramux_requests_in_flight{adapter=~"sarcasm|spam"})')
+    assert len(two) == 2
+
+
+def test_alert_rules_can_be_evaluated(prometheus: Prometheus) -> None:
+    (group,) = prometheus.ask("rules")["groups"]
+    assert {rule["name"]: rule["health"] for rule in group["rules"] if rule["health"] != "ok"} == {}
+
+
+def test_the_page_is_small(prometheus: Prometheus, server: Any) -> None:
+    page = server.get("/metrics")
+    assert page.status_code == 200 and len(page.content) < 500_000
+    assert page.text.count("vllm:lora_requests_info{") <= 1

@@ -1,0 +1,102 @@
+"""What `loramux serve` looks at before it starts, and what it leaves for later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loramux.cli.start_adapters import FEW, adapters_in, check, find, open_store, pool_bytes
+from loramux.config import ServeConfig
+from loramux.errors import ConfigError
+from loramux.registry import Store
+from loramux_adapters import AdapterCorrupt, BaseModel
+
+from ..fakes import FakePrepare, make_artefact
+
+BASE = BaseModel("org/base", {"up_proj": (4, 8)})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[[str, int], Path]:
+    def make(name: str, count: int) -> Path:
+        for i in range(count):
+            (tmp_path / name / f"{name}{i}").mkdir(parents=True)
+            (tmp_path / name / f"{name}{i}" / "adapter_config.json").write_text("{}")
+        return tmp_path / name
+
+    return make
+
+
+def test_adapters_of_a_folder(folder: Callable[[str, int], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder("a", 2)
+    (path / "native.safetensors").write_text("")
+    (path / "notes").mkdir()
+    (path / "bad name").mkdir()
+    (path / "bad name" / "adapter_config.json").write_text("{}")
+    assert dict(adapters_in(path)) == {
+        "a0": path / "a0", "a1": path / "a1", "native": path / "native.safetensors"
+    }  # fmt: skip
+    assert "bad name" in capsys.readouterr().out
+    with pytest.raises(ConfigError):
+        list(adapters_in(path / "nowhere"))
+
+
+def test_named_ones_are_required_and_come_first(folder: Callable[[str, int], Path]) -> None:
+    path = folder("a", 3)
+    config = ServeConfig(adapters={"x": Path("x"), "a1": Path("other")}, adapter_dirs=(path,))
+    found = find(config, ["base"])
+    assert list(found) == ["x", "a1", "a0", "a2"]
+    assert [one.required for one in found.values()] == [True, True, False, False]
+    assert found["a1"].source == Path("other")
+    assert all(one.settle for one in found.values())
+
+
+def test_many_are_left_for_later(folder: Callable[[str, int], Path]) -> None:
+    config = ServeConfig(adapters={"x": Path("x")}, adapter_dirs=(folder("a", FEW + 1),))
+    found = find(config, ["base"])
+    assert found.pop("x").settle
+    assert not any(one.settle for one in found.values())
+    prepare = FakePrepare()
+    assert check(found, prepare, Store.in_memory(), all_of_them=False) == {} and prepare.read == []
+    assert len(check(found, prepare, Store.in_memory(), all_of_them=True)) == FEW + 1
+
+
+@pytest.mark.parametrize("name", ["base", "alias", "alias:a"])
+def test_the_bases_names_are_taken(name: str) -> None:
+    with pytest.raises(ConfigError, match="base model's"):
+        find(ServeConfig(adapters={name: Path("x")}), ["base", "alias"])
+
+
+def test_a_required_adapter_that_fails_ends_the_start_and_others_do_not(
+    folder: Callable[[str, int], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, prepare = folder("a", 2), FakePrepare()
+    prepare.errors[path / "a0"] = AdapterCorrupt("Broken.", hint="Copy it again.")
+    found = find(ServeConfig(adapter_dirs=(path,)), ["base"])
+    assert set(check(found, prepare, Store.in_memory(), all_of_them=False)) == {"a1"}
+    assert "a0: Broken." in capsys.readouterr().out
+    found = find(ServeConfig(adapters={"x": path / "a0"}), ["base"])
+    with pytest.raises(ConfigError, match="Not started: x"):
+        check(found, prepare, Store.in_memory(), all_of_them=False)
+    prepare.errors[path / "a0"] = OSError(28, "No space left on device")
+    with pytest.raises(ConfigError, match="No space left"):
+        check(found, prepare, Store.in_memory(), all_of_them=False)
+
+
+def test_the_state_file_is_named_by_base_and_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAMUX_CACHE", str(tmp_path))
+    open_store(ServeConfig(), BASE, 8000, tmp_path).close()
+    assert (tmp_path / "state" / "org--base-8000.sqlite").is_file()
+    open_store(ServeConfig(state=tmp_path / "mine"), BASE, 8000, tmp_path).close()
+    assert (tmp_path / "mine").is_file()
+    open_store(ServeConfig(state=tmp_path / "unused", dry_run=True), BASE, 8000, tmp_path).close()
+    assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_bytes_of_an_artefact_that_is_damaged_are_told_from_its_summary(tmp_path: Path, exact: bool) -> None:
+    artefact = make_artefact("a", tmp_path)
+    artefact.path.write_text("damaged")
+    assert pool_bytes(artefact, BASE, 2, exact=exact) == artefact.summary.nbytes // 2
