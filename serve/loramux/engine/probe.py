@@ -31,6 +31,8 @@ HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("scheduler_output", "model_runner_output"),
     ),
     ("vllm.v1.core.sched.async_scheduler", "AsyncScheduler.finish_requests", ("request_ids", "finished_status")),
+    ("vllm.v1.core.sched.output", "SchedulerOutput", ("scheduled_new_reqs", "finished_req_ids")),
+    ("vllm.v1.core.sched.output", "NewRequestData", ("req_id", "sampling_params")),
     ("vllm.v1.engine", "EngineCoreOutput", ("request_id", "new_token_ids", "finish_reason", "events")),
     ("vllm.v1.request", "RequestStatus.FINISHED_ERROR", ()),
     ("vllm.v1.engine.async_llm", "AsyncLLM.generate", ("prompt", "sampling_params", "request_id", "lora_request")),

@@ -104,8 +104,10 @@ class RoutingWatch:
         self, prompt: Any, sampling_params: Any, *args: Any, lora_request: Any = None, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
         report, tag = wanted.get(), None
-        if lora_request is not None:
-            self._remember(lora_request)
+        # vLLM's server may hand over a request that was processed already, with its adapter in it.
+        version: Any = lora_request or getattr(prompt, "lora_request", None)
+        if version is not None:
+            self._remember(version)
             if report is not None:
                 tag = uuid.uuid4().hex
                 for params in (sampling_params, getattr(prompt, "sampling_params", None)):
@@ -119,7 +121,7 @@ class RoutingWatch:
             ) as stream:
                 async for output in stream:
                     if tag is not None and report is not None and output.finished:
-                        report.value = await self._report(tag, lora_request.lora_name)
+                        report.value = await self._report(tag, version.lora_name)
                         tag = None
                     yield output
         finally:

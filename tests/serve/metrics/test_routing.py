@@ -92,6 +92,16 @@ async def test_a_request_that_asks_gets_means_over_its_decisions(engine: Engine,
     assert engine.calls == [("loramux_routing_report", (engine.tags[0],))]
 
 
+async def test_a_request_that_was_processed_before_carries_its_adapter(engine: Engine, watch: RoutingWatch) -> None:
+    params, report = SimpleNamespace(extra_args=None), Report()
+    token = wanted.set(report)
+    prompt = SimpleNamespace(lora_request=_lora(), sampling_params=params)
+    async for _ in engine.generate(prompt, params, "r"):
+        pass
+    wanted.reset(token)
+    assert report.value is not None and report.value["adapter"] == "desk@3f" and engine.tags[0]
+
+
 async def test_every_request_has_a_tag_of_its_own(engine: Engine, watch: RoutingWatch) -> None:
     for _ in range(3):
         await _run(engine, ask=True, lora=_lora())
