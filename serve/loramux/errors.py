@@ -205,9 +205,7 @@ class PoolExhausted(LoramuxError):
     code = "adapter_memory_full"
     retry_after_s = 5
 
-    def __init__(
-        self, message: str, *, hint: str | None = None, needed_bytes: int = 0, free_bytes: int = 0
-    ) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, needed_bytes: int = 0, free_bytes: int = 0) -> None:
         super().__init__(message, hint=hint)
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes
