@@ -40,10 +40,14 @@ class Reader:
         Who asks meanwhile shares the read. A version that was read before must turn out to be the same.
         """
         if version not in self._reads:
-            task = self._tasks.spawn(self._read(version))
-            self._reads[version] = task
-            task.add_done_callback(lambda _: self._reads.pop(version))
+            self._reads[version] = self._tasks.spawn(self._shared_read(version))
         return self._reads[version]
+
+    async def _shared_read(self, version: Version) -> LoramuxError | None:
+        try:
+            return await self._read(version)
+        finally:
+            del self._reads[version]  # not in a callback: see `Residency._shared_load`
 
     async def _read(self, version: Version) -> LoramuxError | None:
         # Errors are returned and not raised: with a traceback they would keep the reader's tensors alive.

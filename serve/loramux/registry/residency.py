@@ -135,16 +135,21 @@ class Residency:
         wait    may wait for others to end
         """
         if version not in self._loads:
-            task = self._tasks.spawn(self._load(version, evict, wait, keep))
-            self._loads[version] = task
             if not (evict and wait):
                 self._tries.add(version)
-            task.add_done_callback(lambda _: self._forget(version))
+            self._loads[version] = self._tasks.spawn(self._shared_load(version, evict, wait, keep))
         return self._loads[version]
 
-    def _forget(self, version: Version) -> None:
-        del self._loads[version]
-        self._tries.discard(version)
+    async def _shared_load(
+        self, version: Version, evict: bool, wait: bool, keep: Collection[Version]
+    ) -> LoramuxError | None:
+        try:
+            return await self._load(version, evict, wait, keep)
+        finally:
+            # Here, and not in a callback of the task, which runs later: who came in between would get a task that is
+            # done, never leave the event loop to others while awaiting it, and so ask again for ever.
+            del self._loads[version]
+            self._tries.discard(version)
 
     async def _load(self, version: Version, evict: bool, wait: bool, keep: Collection[Version]) -> LoramuxError | None:
         full: PoolExhausted | None = None

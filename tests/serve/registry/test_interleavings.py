@@ -102,7 +102,7 @@ class Storm:
             await self.pause()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(40))
 async def test_a_storm_of_requests_and_changes(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     storm = Storm(seed)
     world = storm.world

@@ -203,3 +203,14 @@ async def test_an_engine_that_cannot_unload_does_not_stop_the_rest() -> None:
     with pytest.raises(LoramuxError):
         world.data_plane.error = RuntimeError("EngineDeadError")
         await world.load("b")
+
+
+async def test_who_asks_at_the_instant_a_load_ends_gets_another() -> None:
+    """A task that is done is awaited without a turn of the event loop: to be given it again and again is to hang."""
+    world = await small("a", "b", "c", "d")  # a is on the host
+    residency = world.registry._residency
+    ended = residency.load(world.current("a"), evict=False, wait=False)
+    while not ended.done():
+        await asyncio.sleep(0)
+    # Between its end and the callbacks of its end.
+    assert residency.load(world.current("a"), evict=False, wait=False) is not ended

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sqlite3
 import time
 from pathlib import Path
@@ -148,31 +147,3 @@ def test_a_second_server_is_refused_until_the_first_has_ended(path: Path) -> Non
         other.kill()
         other.join()
     open_store(path).close()
-
-
-def _write(path: Path, ready: Any, committed: Any) -> None:
-    store = open_store(path)
-    ready.set()
-    for i in range(committed.value + 1, 10**6):
-        store.save(Saved("a", str(i)))
-        store.save(Saved("b", str(i)))
-        committed.value = i
-
-
-def test_what_was_committed_survives_kill_9(path: Path) -> None:
-    """Also several times in a row, at whatever instant."""
-    committed = fork.Value("q", 0)
-    for delay in (0.0, 0.01, 0.03, 0.05):
-        ready = fork.Event()
-        writer = fork.Process(target=_write, args=(path, ready, committed))
-        writer.start()
-        assert ready.wait(10)
-        time.sleep(delay)
-        assert writer.pid
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.join()
-        store = open_store(path)
-        rows = {row.name: int(row.source or 0) for row in store.adapters()}
-        store.close()
-        if committed.value:
-            assert all(0 <= value - committed.value <= 1 for value in rows.values()), (rows, committed.value)
