@@ -56,6 +56,8 @@ _BODY = object()
 def _place_of_model(scope: Scope) -> Any:
     """The model the path names, `_BODY` if the body does, None if nothing must. Raises RouteNotAllowed."""
     path = route_path(scope)
+    if not path.isprintable():  # routers drop a newline at the end, and what was checked must be what is read
+        raise RouteNotAllowed("This key may only list and use its adapters.")
     if scope["type"] == "http" and scope["method"] in READ:
         if path in _WITHOUT_MODEL:
             return None

@@ -118,6 +118,7 @@ async def test_nested_models_are_not_the_model() -> None:
         ("HEAD", "/v1/models/other", 404),
         ("GET", "/v1/adapters/other", 404),
         ("GET", "/v1/adapters/sql/../other", 404),
+        ("GET", "/v1/adapters/sql\n", 403),
         ("GET", "/v1/models/", 403),
         ("GET", "//v1/models", 403),
         ("GET", "/v1/models//", 404),
