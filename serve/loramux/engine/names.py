@@ -9,7 +9,7 @@ from vllm.lora.request import LoRARequest
 
 from loramux.registry import AdapterRegistry, Version
 
-#: What this request's model name was found to mean, when that took waiting.
+#: What this request's model name was found to mean: vLLM looks it up several times for one request.
 _found: ContextVar[tuple[str, Version] | None] = ContextVar("loramux_found", default=None)
 
 
@@ -64,9 +64,12 @@ class _Requests(dict[str, LoRARequest]):
     def _version(self, spelling: object) -> Version | None:
         if not isinstance(spelling, str):
             return None
+        if (version := self._registry.lookup(spelling)) is not None:
+            _found.set((spelling, version))
+            return version
+        # It may have left the device since the last look-up: the lease will bring it back.
         found = _found.get()
-        # It may have left the device since: the lease will bring it back.
-        return self._registry.lookup(spelling) or (found[1] if found and found[0] == spelling else None)
+        return found[1] if found and found[0] == spelling and not found[1].retired else None
 
 
 def _request(spelling: str, version: Version) -> LoRARequest:

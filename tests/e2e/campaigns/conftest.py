@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def make_adapter(base_model: BaseModel) -> MakeAdapter:
-    """Write a plain LoRA with random weights: same seed, same adapter."""
+    """Write a plain LoRA with random weights: same seed, same adapter. Strong enough that answers differ early."""
 
     def make(path: Path, *, seed: int, rank: int = 4, targets: tuple[str, ...] = ("q_proj", "v_proj")) -> Path:
         generator = torch.Generator().manual_seed(seed)
@@ -34,7 +34,7 @@ def make_adapter(base_model: BaseModel) -> MakeAdapter:
             if name.endswith(targets):
                 key = f"base_model.model.{name}"
                 tensors[f"{key}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) * 0.05
-                tensors[f"{key}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * 0.05
+                tensors[f"{key}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * 0.15
         path.mkdir(parents=True)
         save_file(tensors, path / "adapter_model.safetensors")
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(targets)}

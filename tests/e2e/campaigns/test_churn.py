@@ -21,7 +21,7 @@ from .conftest import MakeAdapter, complete, put
 
 ADAPTERS, FIT = 60, 8
 REQUESTS, CLIENTS = 900, 6
-TOKENS = 12
+TOKENS = 16
 CYCLES, WARM_CYCLES = 2000, 400
 #: Python's and the allocator's own noise; 2,000 adapters of 1 MiB that leaked would be 2 GiB.
 LEAK_MIB = 48

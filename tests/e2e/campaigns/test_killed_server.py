@@ -34,7 +34,7 @@ def test_it_comes_back_with_the_same_adapters(server: Any, spare_adapters: Path,
         before, answer = client.get("/v1/adapters/mine").json(), complete(client, "mine", "The lighthouse", 12)
 
         (process,) = _children(server.process.pid)
-        os.kill(process if victim == "server" else _children(process)[0], signal.SIGKILL)
+        os.kill(process if victim == "server" else _engine(process), signal.SIGKILL)
         _wait(client, up=False)
         _wait(client, up=True)
 
@@ -50,6 +50,13 @@ def test_it_comes_back_with_the_same_adapters(server: Any, spare_adapters: Path,
 
 def _children(pid: int) -> list[int]:
     return [int(c) for task in Path(f"/proc/{pid}/task").glob("*/children") for c in task.read_text().split()]
+
+
+def _engine(server: int) -> int:
+    """The engine's process, by the title that vLLM gives it."""
+    titles = {child: Path(f"/proc/{child}/cmdline").read_text() for child in _children(server)}
+    (engine,) = (child for child, title in titles.items() if "EngineCore" in title)
+    return engine
 
 
 def _wait(client: httpx.Client, *, up: bool) -> None:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from ..conftest import run_server
-from .conftest import complete, put
+from .conftest import MakeAdapter, complete, put
 
 SWAPS = 500
 CLIENTS = 4
@@ -23,13 +23,18 @@ PROMPTS = ("The lighthouse keeper", "In the final minute of", "Copper is used fo
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory, spare_adapters: Path) -> Any:
-    with run_server(tmp_path_factory.mktemp("storm") / "log", "--adapter-root", str(spare_adapters)) as server:
+def sources(tmp_path_factory: pytest.TempPathFactory, make_adapter: MakeAdapter) -> list[Path]:
+    folder = tmp_path_factory.mktemp("versions")
+    return [make_adapter(folder / f"v{i}", seed=i) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory, sources: list[Path]) -> Any:
+    with run_server(tmp_path_factory.mktemp("storm") / "log", "--adapter-root", str(sources[0].parent)) as server:
         yield server.url
 
 
-def test_swap_storm(url: str, spare_adapters: Path) -> None:
-    sources = [spare_adapters / f"spare{i}" for i in range(4)]
+def test_swap_storm(url: str, sources: list[Path]) -> None:
     with httpx.Client(base_url=url, timeout=120) as client:
         expected: list[dict[str, str]] = []
         for source in sources:

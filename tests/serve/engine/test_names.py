@@ -78,6 +78,22 @@ async def test_what_was_found_stays_found_though_it_was_evicted_meanwhile() -> N
     assert models.get("a") is None
 
 
+async def test_what_was_resident_stays_found_too() -> None:
+    """It was there at the first look-up and needed no waiting, and is evicted before the second."""
+    world = World(capacity=1000)
+    models = Models(world)
+    version = await world.load("a")
+
+    async def request() -> Any:
+        assert "a" in models.lora_requests
+        await world.load("b")
+        assert version.state is State.HOST
+        return models.get("a")
+
+    assert (await asyncio.create_task(request())).lora_int_id == version.version_id
+    assert models.get("a") is None
+
+
 async def test_the_name_means_the_new_version_at_once() -> None:
     world = World()
     models = Models(world)
