@@ -1,4 +1,4 @@
-"""Served answers equal PEFT's, float32, real base: every PEFT LoRA feature, alone and mixed in one batch.
+"""Served answers equal PEFT's, float32, real base: every PEFT LoRA feature and what folds, alone and in one batch.
 
 The reference is PEFT's own forward on the Hugging Face model; nothing of loramux computes it. Weights are mild (B of
 standard deviation 0.02, 0.1 where few layers are adapted): answers differ from the base's, rounding decides no token.
@@ -60,7 +60,19 @@ FEATURES: dict[str, dict[str, Any]] = {
     "fan_in_fan_out": {"r": 8, "lora_alpha": 16, "target_modules": ["o_proj"], "fan_in_fan_out": True},
     "float16": {"r": 7, "lora_alpha": 14, "target_modules": ATTENTION, "dtype": torch.float16},
     "bfloat16": {"r": 64, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"], "dtype": torch.bfloat16},
+    "adalora": {
+        "peft": "AdaLoraConfig",
+        "init_r": 10,
+        "target_r": 6,
+        "total_step": 100,
+        "lora_alpha": 20,
+        "target_modules": ["q_proj", "up_proj"],
+    },
+    "vera": {"peft": "VeraConfig", "r": 48, "target_modules": ["q_proj", "v_proj"]},
 }
+TRAINED = ("lora_", "vera_lambda")
+STD = {"adalora": 0.3, "vera": 1.0}  # of three factors, or of one
+ZERO_AT_FIRST = ("lora_B", "lora_E", "vera_lambda_b")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +88,7 @@ def prompts(base_path: Path) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, reference: Any, prompts: Any) -> dict[str, tuple[Path, Answer]]:
     """For each feature: the folder PEFT saved, and what PEFT answers to the feature's prompt."""
-    from peft import LoraConfig, get_peft_model
+    import peft
 
     folder = tmp_path_factory.mktemp("peft")
     made = {}
@@ -85,14 +97,18 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, reference: Any, prompts: 
         dtype = options.pop("dtype", torch.float32)
         std = 0.1 if "layers" in str(options.get("target_modules")) or "layers_to_transform" in options else 0.02
         torch.manual_seed(i)
-        model = get_peft_model(reference, LoraConfig(task_type="CAUSAL_LM", **options))
+        config = getattr(peft, options.pop("peft", "LoraConfig"))
+        model = peft.get_peft_model(reference, config(task_type="CAUSAL_LM", **options))
         for parameter_name, parameter in model.named_parameters():
-            if "lora_B" in parameter_name:
-                torch.nn.init.normal_(parameter, std=std)
-            if "lora_" in parameter_name:
+            if any(part in parameter_name for part in ZERO_AT_FIRST):
+                torch.nn.init.normal_(parameter, std=STD.get(name, std))
+            if any(part in parameter_name for part in TRAINED):
                 parameter.data = parameter.data.to(dtype).to(torch.float32)  # what the file will hold
-        weights = {k: v.to(dtype) for k, v in model.state_dict().items() if "lora_" in k}
-        model.save_pretrained(folder / name, state_dict=weights)
+        if dtype is torch.float32:
+            model.save_pretrained(folder / name)
+        else:
+            weights = {k: v.to(dtype) for k, v in model.state_dict().items() if "lora_" in k}
+            model.save_pretrained(folder / name, state_dict=weights)
         made[name] = (folder / name, generate(model, prompts[i % len(prompts)]))
         reference = model.unload()
     return made
