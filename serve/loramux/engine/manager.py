@@ -88,15 +88,15 @@ class AdapterManager:
             logger.exception("no adapter could be applied in this step: its requests end with an error")
             slots.fill(-1)
             self.pool.set_idle(False)
-        self._uncritical(self.routing.before, slots, lengths, request_ids)
+        self.uncritical(self.routing.before, slots, lengths, request_ids)
         self.missing = {request_ids[row] for row, i in enumerate(ids) if i and slots[row] < 0}
 
     def forward_issued(self) -> None:
         """The ops of the step have been issued to the device."""
-        self._uncritical(self.routing.after)
+        self.uncritical(self.routing.after)
 
-    def _uncritical(self, observe: Callable[..., None], *args: Any) -> None:
-        """Statistics must cost no answer."""
+    def uncritical(self, observe: Callable[..., None], *args: Any) -> None:
+        """Call what only serves statistics: it must cost no answer."""
         try:
             observe(*args)
         except Exception:

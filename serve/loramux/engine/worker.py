@@ -27,7 +27,7 @@ class LoramuxWorker(PlatformWorker):
         super().load_model(**kwargs)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        self._watch(scheduler_output)
+        self._adapters.uncritical(self._watch, scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
         self._adapters.forward_issued()
         return self._mark(output)

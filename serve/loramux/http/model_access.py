@@ -56,15 +56,15 @@ _BODY = object()
 def _place_of_model(scope: Scope) -> Any:
     """The model the path names, `_BODY` if the body does, None if nothing must. Raises RouteNotAllowed."""
     path = route_path(scope)
-    if not path.isprintable():  # routers drop a newline at the end, and what was checked must be what is read
-        raise RouteNotAllowed("This key may only list and use its adapters.")
-    if scope["type"] == "http" and scope["method"] in READ:
+    # Routers drop a newline at the end of a path, and what is checked must be what is read.
+    method = scope["method"] if scope["type"] == "http" and path.isprintable() else None
+    if method in READ:
         if path in _WITHOUT_MODEL:
             return None
         for prefix in _MODEL_IN_PATH:
             if path.startswith(prefix) and len(path) > len(prefix):
                 return path[len(prefix) :]
-    if scope["type"] == "http" and scope["method"] == "POST" and path in _MODEL_IN_BODY:
+    if method == "POST" and path in _MODEL_IN_BODY:
         return _BODY
     raise RouteNotAllowed("This key may only list and use its adapters.")
 

@@ -1,4 +1,4 @@
-"""What surrounds the registry: the reader, the device, the server's directory of names, and metrics."""
+"""What surrounds the registry: the reader, the device, and metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from loramux_adapters import Artefact
 
 if TYPE_CHECKING:
-    from loramux.registry.entry import State, Version
+    from loramux.registry.entry import State
 
 
 class Prepare(Protocol):
@@ -31,16 +31,6 @@ class DataPlane(Protocol):
 
     async def unload(self, version_id: int) -> None:
         """Free what `load` took. Only for versions no request uses."""
-
-
-class Directory(Protocol):
-    """Where the HTTP server looks a model name up."""
-
-    def publish(self, version: Version) -> None:
-        """From now on the name of `version` means this one."""
-
-    def withdraw(self, name: str) -> None:
-        """From now on `name` means nothing."""
 
 
 class Observer(Protocol):
