@@ -27,6 +27,8 @@ from loramux_kernels.testing import (
     worst,
 )
 
+from .applied import apply, same_bits
+
 QKV = SiteSpec("qkv", ("q", "k", "v"), 96, (160, 33, 32))
 ODD = SiteSpec("odd", ("o",), 259, (129,))
 SPECS = (QKV, ODD)
@@ -49,7 +51,7 @@ ADAPTERS: tuple[tuple[Mapping[str, int], Mapping[str, TokenGate]], ...] = (
     ({"k": 64, "o": 64}, {"k": TokenGate(2, eps=1e-6), "o": TokenGate(16, "top_k", k=5, temperature=2.0)}),
     ({"o": 9}, {"o": TokenGate(7, "threshold", threshold=0.15, absolute=True)}),
 )
-BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 BACKENDS = ("cpu", "reference")
 
 
@@ -80,17 +82,6 @@ def make(
     )
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(BITS[a.dtype]), b.view(BITS[b.dtype]))
-
-
-def apply(pool: AdapterPool, index: int, x: Tensor, y: Tensor) -> Tensor:
-    """A copy of y with the site's adapters added."""
-    y = y.clone()
-    lk.expand(y, lk.shrink(x, pool.site_ids[index], pool.h_width(index)), pool.site_ids[index])
-    return y
-
-
 def adapters_of(dtype: torch.dtype, generator: torch.Generator) -> list[dict[str, Weights]]:
     return [mixed(random_adapter(SPECS, ranks, dtype, generator), gates, generator) for ranks, gates in ADAPTERS]
 
@@ -112,7 +103,7 @@ def clear(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", BITS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_plain_mixture_and_base_rows_against_float64(dtype: torch.dtype, backend: str) -> None:
     generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
     adapters = adapters_of(dtype, generator)

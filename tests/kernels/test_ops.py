@@ -19,6 +19,8 @@ from loramux_kernels import AdapterPool, SiteSpec
 from loramux_kernels.sites import lookup
 from loramux_kernels.testing import POPULARITIES, Ints, exact, load, ragged_batch, random_adapter, worst
 
+from .applied import BITS, apply, same_bits
+
 QKV = SiteSpec("qkv", ("q", "k", "v"), 96, (160, 33, 32))
 ODD = SiteSpec("odd", ("o",), 2049, (2049,))
 SPECS = (QKV, ODD)
@@ -29,12 +31,6 @@ RANKS = (
     {"q": 16, "k": 16, "v": 16},
     {"o": 256},
 )
-BITS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -58,17 +54,6 @@ def make(dtype: torch.dtype, backend: str = "cpu", specs: tuple[SiteSpec, ...] =
         device="cpu",
         backend=backend,
     )
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(BITS[a.dtype]), b.view(BITS[b.dtype]))
-
-
-def apply(pool: AdapterPool, index: int, x: Tensor, y: Tensor) -> Tensor:
-    """A copy of y with the site's adapters added."""
-    y = y.clone()
-    lk.expand(y, lk.shrink(x, pool.site_ids[index], pool.h_width(index)), pool.site_ids[index])
-    return y
 
 
 def inputs(spec: SiteSpec, tokens: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
