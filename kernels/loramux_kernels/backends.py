@@ -5,6 +5,7 @@ A backend asked for by name fails loudly when it cannot run; `auto` takes the on
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,22 +18,26 @@ if TYPE_CHECKING:
     from loramux_kernels.plan import Plan
     from loramux_kernels.sites import Site
 
+_log = logging.getLogger(__name__)
+
 BACKEND_VARIABLE = "LORAMUX_KERNELS"
-NAMES = ("auto", "reference", "cpu", "triton")
+NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Functions of one backend. `tiled`: it reads tiles and tables in device memory, not host views."""
+    """Functions of one backend. `tiled`: it reads tiles and tables in device memory, not host views. `overhead`: bytes
+    of its own device memory for a pool with that plan."""
 
     name: str
     shrink: Callable[[Site, Tensor, Tensor], None]
     expand: Callable[[Site, Tensor, Tensor], None]
     warmup: Callable[[Sequence[Site], Plan], None] | None = None
+    overhead: Callable[[Plan, torch.device], int] | None = None
 
     @property
     def tiled(self) -> bool:
-        return self.name == "triton"
+        return self.name in ("triton", "cuda")
 
 
 def select(requested: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -41,9 +46,13 @@ def select(requested: str | None, device: torch.device, dtype: torch.dtype) -> B
     if name not in NAMES:
         raise ValueError(f'no kernel backend "{name}" (argument or {BACKEND_VARIABLE}); there are {", ".join(NAMES)}')
     if name == "auto":
-        name = "triton" if device.type == "cuda" else "cpu"
+        name = _of_device(device, dtype)
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"the cpu backend cannot run on {device}")
+    if name == "cuda":
+        from loramux_kernels.cuda import backend
+
+        return backend.backend(device)
     if name == "triton":
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"the triton backend has no {dtype}; the reference backend has")
@@ -61,3 +70,17 @@ def select(requested: str | None, device: torch.device, dtype: torch.dtype) -> B
     from loramux_kernels.reference import shrink as r_shrink
 
     return Backend(name, r_shrink.shrink, r_expand.expand)
+
+
+def _of_device(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cuda":
+        return "cpu"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "triton"
+    from loramux_kernels.cuda import backend
+
+    reason = backend.unusable(device)
+    if reason is None:
+        return "cuda"
+    _log.warning("the Triton kernels serve this device, which is slower: %s", reason)
+    return "triton"

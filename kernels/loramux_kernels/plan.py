@@ -3,7 +3,9 @@
 Tokens are ordered by slot and cut into tiles which never cross slots. The CUDA kernels read tiles from one static
 int32 buffer, refreshed by one asynchronous copy; the CPU path reads whole groups.
 
-    buffer = [ tiles of 16 tokens | tiles of 64 tokens | token ids by slot ]      a tile is (slot, start, count)
+    buffer = [ counts of tiles | tiles of 16 tokens | tiles of 64 tokens | token ids by slot ]
+
+A tile is (slot, start, count); tiles beyond their count, and all counts of an idle plan, are −1.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ SMALL_TILE, LARGE_TILE = 16, 64
 SMALL_STEP = 256
 """Steps padded to at most this many tokens use small tiles: a decode step has few tokens of each adapter."""
 TILE_FIELDS = 3
+_COUNTS = 2
 
 
 class Group(NamedTuple):
@@ -31,10 +34,11 @@ class Group(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Launch view for one padded step: tile length, grid size, and the buffers the kernels read."""
+    """Launch view for one padded step: tile length, most tiles there can be, and the buffers the kernels read."""
 
     length: int
     programs: int
+    number: Tensor
     tiles: Tensor
     tokens: Tensor
 
@@ -52,7 +56,7 @@ class Plan:
         # A step holds at most this many different slots; each adds at most one tile that is not full.
         self._distinct = min(slots, max_requests)
         small, large = self._count(SMALL_STEP, SMALL_TILE), self._count(max_tokens, LARGE_TILE)
-        self._starts = (0, small * TILE_FIELDS, (small + large) * TILE_FIELDS)
+        self._starts = (_COUNTS, _COUNTS + small * TILE_FIELDS, _COUNTS + (small + large) * TILE_FIELDS)
         self._buffer = torch.full((self._starts[2] + max_tokens if tiled else 0,), -1, dtype=torch.int32, device=device)
         self._empty = True
 
@@ -101,9 +105,9 @@ class Plan:
         small, large, tokens = self._starts
         if padded_tokens <= SMALL_STEP:
             count = self._count(padded_tokens, SMALL_TILE)
-            return Tiles(SMALL_TILE, count, self._buffer[small:large], self._buffer[tokens:])
+            return Tiles(SMALL_TILE, count, self._buffer, self._buffer[small:large], self._buffer[tokens:])
         count = self._count(padded_tokens, LARGE_TILE)
-        return Tiles(LARGE_TILE, count, self._buffer[large:tokens], self._buffer[tokens:])
+        return Tiles(LARGE_TILE, count, self._buffer[1:], self._buffer[large:tokens], self._buffer[tokens:])
 
     def _count(self, tokens: int, length: int) -> int:
         """Tiles that a step of so many tokens can have."""
@@ -128,11 +132,12 @@ class Plan:
         out = host.numpy()
         out[:head] = -1
         out[head:] = rows
-        for length, at in ((SMALL_TILE, self._starts[0]), (LARGE_TILE, self._starts[1])):
+        for index, length in enumerate((SMALL_TILE, LARGE_TILE)):
             if length == SMALL_TILE and self.tokens > SMALL_STEP:
                 continue
             per_slot = -(-counts // length)
-            tiles = int(per_slot.sum())
+            tiles, at = int(per_slot.sum()), self._starts[index]
+            out[index] = tiles
             done = (np.arange(tiles) - np.repeat(np.cumsum(per_slot) - per_slot, per_slot)) * length
             fields = out[at : at + tiles * TILE_FIELDS].reshape(tiles, TILE_FIELDS)
             fields[:, 0] = np.repeat(slots, per_slot)

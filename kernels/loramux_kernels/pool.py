@@ -138,6 +138,8 @@ class AdapterPool:
         widest = max((s.rows for s in self._sites), default=0)
         rows, width = h_shape(self.max_tokens, widest, self.device)
         fixed = self._table.nbytes + self._plan.nbytes + self._trace.nbytes
+        if self._backend.overhead is not None:
+            fixed += self._backend.overhead(self._plan, self.device)
         return fixed + rows * width * accumulator(self.dtype).itemsize
 
     @property

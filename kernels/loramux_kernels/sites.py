@@ -154,6 +154,7 @@ class Site:
         backend: Backend,
     ) -> None:
         self.spec = spec
+        self.max_rank = max_rank
         self.rows = (max_rank + MAX_EXPERTS) * len(spec.d_outs)
         self.dtype = dtype
         self.weights = arena.view(dtype)

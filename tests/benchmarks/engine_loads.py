@@ -26,6 +26,7 @@ import torch
 from engine_decode import CONFIG, LINEARS, say, write_adapter
 
 REQUESTS, RESIDENT, OUTPUT = 32, 8, 256
+MEMORY = {"pool": 12 * 2**30, "share": 0.85}
 SMALL = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -45,6 +46,7 @@ Load = Callable[[int], Awaitable[None]]
 def shrink_model() -> None:
     """Replace the shapes of `engine_decode` by small ones."""
     CONFIG.update(SMALL)
+    MEMORY.update(pool=2**30, share=0.3)
     for name in LINEARS:
         d_in = 256 if name == "mlp.down_proj" else 128
         LINEARS[name] = (d_in, 256 if name in ("mlp.gate_proj", "mlp.up_proj") else 128)
@@ -100,11 +102,10 @@ async def main(kind: str) -> None:
     folder = Path(tempfile.mkdtemp())
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(CONFIG))
-    source = write_adapter(folder / "adapter")
     if kind == "loramux":
         from loramux.engine.settings import DataPlaneSettings
 
-        options = DataPlaneSettings(adapter_bytes=4 * 2**30, slots=64, max_rank=64).engine_options()
+        options = DataPlaneSettings(adapter_bytes=int(MEMORY["pool"]), slots=128, max_rank=256).engine_options()
     else:
         options = {"enable_lora": True, "max_loras": RESIDENT + 1, "max_cpu_loras": 64, "max_lora_rank": 16}
     engine = AsyncLLM.from_engine_args(
@@ -113,11 +114,15 @@ async def main(kind: str) -> None:
             load_format="dummy",
             skip_tokenizer_init=True,
             max_model_len=2048,
-            max_num_seqs=REQUESTS,
+            max_num_seqs=128,
+            gpu_memory_utilization=MEMORY["share"],
             enable_prefix_caching=False,
             **options,
         )
     )
+
+    # Only now: a process that has used torch's threads cannot be forked, and vLLM forks its engine.
+    source = write_adapter(folder / "adapter")
 
     def request(version_id: int) -> Any:
         return LoRARequest(lora_name=f"a{version_id}@x", lora_int_id=version_id, lora_path=str(source))

@@ -14,7 +14,7 @@ from loramux_kernels.ops.library import register
 from loramux_kernels.sites import lookup
 
 
-def _run(y: Tensor, h: Tensor, site: Tensor) -> None:
+def _run(y: Tensor, h: Tensor, site: Tensor, x: Tensor | None = None) -> None:
     bound = lookup(site)
     if bound.plan.active:
         if y.dim() != 2 or y.shape[1] != sum(bound.spec.d_outs) or y.stride(1) != 1 or y.dtype != bound.dtype:
@@ -24,13 +24,17 @@ def _run(y: Tensor, h: Tensor, site: Tensor) -> None:
         bound.backend.expand(bound, y, h)
 
 
-def _fake(y: Tensor, h: Tensor, site: Tensor) -> None:
+def _fake(y: Tensor, h: Tensor, site: Tensor, x: Tensor | None = None) -> None:
     return None
 
 
-register("expand(Tensor(a!) y, Tensor h, Tensor site) -> ()", _run, _fake)
+register("expand(Tensor(a!) y, Tensor h, Tensor site, Tensor? x=None) -> ()", _run, _fake)
 
 
-def expand(y: Tensor, h: Tensor, site: Tensor) -> None:
-    """Add the adapters' part to y [..., O] in place, from the h of `shrink` for the same site and step."""
-    torch.ops.loramux.expand(y if y.dim() == 2 else y.view(-1, y.shape[-1]), h, site)
+def expand(y: Tensor, h: Tensor, site: Tensor, x: Tensor | None = None) -> None:
+    """Add the adapters' part to y [..., O] in place, from the h of `shrink` for the same site and step.
+
+    `x`, what was given to `shrink`, is not read: it is named where a compiler manages memory, because the shrink may
+    still run beside the base linear when that no longer needs x.
+    """
+    torch.ops.loramux.expand(y if y.dim() == 2 else y.view(-1, y.shape[-1]), h, site, x)

@@ -47,7 +47,7 @@ class AdaptedLinear(BaseLayerWithLoRA):
         h = shrink(x, self.site, self.width)
         output = self.base_layer(x)
         y = output[0] if isinstance(output, tuple) else output
-        expand(y, h, self.site)
+        expand(y, h, self.site, x)
         return output
 
     def __getattr__(self, name: str) -> Any:

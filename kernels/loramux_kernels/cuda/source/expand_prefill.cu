@@ -1,0 +1,203 @@
+// y_T,slice j += (gate ⊙ scale ⊙ h)_TR @ B_RO for every tile of up to 64 tokens, in one launch.
+//
+// A thread block walks over its share of one tile's outputs, in runs within one slice. For a run it brings gate ⊙ scale
+// ⊙ h into the form of the product's left operand once; then each warp takes every fourth 64 outputs, with B through a
+// ring as in expand_decode.cu. y is read once, added to in float32 and rounded once.
+
+#include "gate.cuh"
+
+namespace loramux {
+
+constexpr int WARPS = 4, THREADS = WARPS * WARP, STAGES = 4, MT = 4, TOKENS = MT * MMA_ROWS;
+
+struct ExpandArgs {
+  const float* h;
+  const element* weights;
+  const float* floats;
+  const int* ints;
+  const i64* table;
+  const int* count;  // tiles of the step; none if negative
+  const int* tiles;
+  const int* token_ids;
+  element* y;
+  float* trace;
+  const int* trace_flag;
+  i64 h_stride, table_stride, y_stride;
+  int first_gate, traced, slices, widths[MAX_SLICES];
+};
+
+struct Shared {
+  Vector left[MAX_BLOCKS][MT][WARP];  // gate ⊙ scale ⊙ h, as each lane needs it
+  Vector b[WARPS][STAGES][4][WARP];   // what each lane copied of B
+  float gates[TOKENS][MAX_EXPERTS];
+  u32 taken[WARPS], masks[MAX_BLOCKS];  // experts that a warp's tokens take; rows of each block that any takes
+};
+
+// Neighbouring outputs of one slice for one tile.
+struct Run {
+  Tile tile;
+  Slice slice;
+  int blocks, width, column, first, columns;
+};
+
+// Gate, then left operands and rows that count of all blocks of 16 rank rows.
+template <typename T>
+__device__ __forceinline__ void prepare(const ExpandArgs& args, const Run& run, Shared& shared, float* trace) {
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+  const Slice& s = run.slice;
+  const int* ids = args.token_ids + run.tile.start;
+  u32 taken = ALL;
+  if (s.experts > 0) {
+    const float* logits = args.h + static_cast<int>(s.part[LOGITS]);
+    const u32 mine = gate<TOKENS, THREADS>(
+        s.part + RULE, s.experts, [&](int id, int e) { return logits[id * args.h_stride + e]; }, ids, run.tile.count,
+        threadIdx.x, shared.gates, TraceRows{trace, args.traced});
+    if (lane == 0) shared.taken[warp] = mine;
+    __syncthreads();
+    taken = shared.taken[0] | shared.taken[1] | shared.taken[2] | shared.taken[3];
+  }
+  for (int block = warp; block < run.blocks; block += WARPS) {
+    const Rows rows(s, block, taken);
+    if (lane == 0) shared.masks[block] = rows.mask;
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      Vector left;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = 16 * m + 8 * i + g;
+        const bool live = token < run.tile.count;
+        const float* h = args.h + (live ? __ldg(ids + token) : 0) * args.h_stride + s.first_row + block * MMA_ROWS + 4 * t;
+        float v[4];
+        // What the shrink did not write, and what no gate selects, may hold anything: replaced, never multiplied.
+#pragma unroll
+        for (int q = 0; q < 4; ++q) v[q] = live && rows.use[q] ? h[q] : 0.f;
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          const float weight = s.experts > 0 ? shared.gates[token][rows.expert[q]] : 1.f;
+          v[q] = weight != 0.f ? v[q] * rows.factor[q] * weight : 0.f;
+        }
+        left.words[i] = T::pack(v[0], v[1]);
+        left.words[2 + i] = T::pack(v[2], v[3]);
+      }
+      shared.left[block][m][lane] = left;
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void run_blocks(const ExpandArgs& args, const Run& run, Shared& shared, float* trace) {
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+  const element* b = args.weights + run.slice.b;
+  const int mine = (run.columns - warp + WARPS - 1) / WARPS, steps = mine * run.blocks;
+  // Where the next copy goes from: 64 outputs and block of rank rows.
+  int next = 0, next_o = run.first + COLUMNS * warp, next_block = 0;
+  const auto copy_next = [&](bool known) {
+    if (next < steps) {
+      const int o = next_o + piece(g), r = next_block * MMA_ROWS + 4 * t;
+      const u32 rows = known ? shared.masks[next_block] : ALL;
+      const element* from = b + static_cast<i64>(r) * run.width + o;
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const bool in = r + q < run.slice.rank && o < run.width && (rows >> (4 * t + q) & 1);
+        copy(&shared.b[warp][next % STAGES][q][lane], in ? from + q * run.width : b, in);
+      }
+      if (++next_block == run.blocks) next_block = 0, next_o += COLUMNS * WARPS;
+    }
+    ++next;
+    commit();
+  };
+  // Rows of B that no gate can rule out are on their way while the left operands are made.
+  if (run.slice.experts == 0)
+    for (int s = 0; s < STAGES - 1; ++s) copy_next(false);
+  prepare<T>(args, run, shared, trace);
+  __syncthreads();
+  if (run.slice.experts > 0)
+    for (int s = 0; s < STAGES - 1; ++s) copy_next(true);
+  for (int item = 0, step = 0; item < mine; ++item) {
+    const int o = run.first + COLUMNS * (warp + WARPS * item);
+    float acc[8][MT][4] = {};
+    for (int block = 0; block < run.blocks; ++block, ++step) {
+      wait<STAGES - 2>();
+      if (shared.masks[block] != 0) {
+        Vector w[4], left[MT];
+#pragma unroll
+        for (int q = 0; q < 4; ++q) w[q] = shared.b[warp][step % STAGES][q][lane];
+#pragma unroll
+        for (int m = 0; m < MT; ++m) left[m] = shared.left[block][m][lane];
+        product<T, MT>(acc, left, w);
+      }
+      copy_next(true);
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int c = o + piece(2 * t + j);
+      element* y[2 * MT];
+      Vector v[2 * MT];
+#pragma unroll
+      for (int i = 0; i < 2 * MT; ++i) {
+        const bool in = g + 8 * i < run.tile.count && c < run.width;
+        y[i] = in ? args.y + __ldg(args.token_ids + run.tile.start + g + 8 * i) * args.y_stride + run.column + c : nullptr;
+        v[i] = load(y[i], in);
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * MT; ++i)
+        if (y[i] != nullptr) store(y[i], added<T, MT>(v[i], acc, i, j));
+    }
+  }
+  wait<0>();
+}
+
+template <typename T>
+__device__ __forceinline__ void expand(const ExpandArgs& args) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  const int tiles = *args.count, blocks = gridDim.x;
+  if (tiles <= 0) return;
+  const bool tracing = *args.trace_flag != 0;
+  int per_tile = 0;
+  for (int j = 0; j < args.slices; ++j) per_tile += blocks_of(args.widths[j], COLUMNS);
+  // Several thread blocks share a tile: one round of them if that keeps most of the device busy, else about three.
+  int lanes = blocks / tiles;
+  if (8 * tiles * lanes < 7 * blocks) lanes = blocks_of(3 * blocks, tiles);
+  lanes = min(lanes, per_tile);
+  for (int item = blockIdx.x; item < tiles * lanes; item += blocks) {
+    const int lane = item % lanes;
+    Run run;
+    run.tile = read_tile(args.tiles, item / lanes);
+    run.column = 0;
+    const i64* row = args.table + run.tile.slot * args.table_stride;
+    int begin = per_tile * lane / lanes;
+    int left = per_tile * (lane + 1) / lanes - begin;
+    for (int j = 0; j < args.slices && left > 0; ++j) {
+      run.width = args.widths[j];
+      const int in_slice = blocks_of(run.width, COLUMNS);
+      if (begin < in_slice) {
+        run.slice = read_slice(row, j, args.floats, args.ints);
+        run.blocks = blocks_of(run.slice.rank, MMA_ROWS);
+        run.first = COLUMNS * begin;
+        run.columns = min(in_slice - begin, left);
+        float* kept = args.trace + static_cast<i64>(args.first_gate + j) * args.traced * MAX_EXPERTS;
+        if (run.blocks > 0) {
+          run_blocks<T>(args, run, shared, tracing && run.first == 0 ? kept : nullptr);
+          __syncthreads();  // the next run writes what others may still read
+        }
+        left -= run.columns;
+        begin = 0;
+      } else {
+        begin -= in_slice;
+      }
+      run.column += run.width;
+    }
+  }
+}
+
+}  // namespace loramux
+
+#define KERNEL(name, type)                                                                    \
+  extern "C" __global__ void __launch_bounds__(loramux::THREADS, 2)                           \
+      name(const __grid_constant__ loramux::ExpandArgs args) {                                \
+    loramux::expand<loramux::type>(args);                                                     \
+  }                                                                                           \
+  extern "C" __device__ const int name##_shared = sizeof(loramux::Shared);
+KERNEL(expand_bfloat16, BFloat16)
+KERNEL(expand_float16, Float16)

@@ -1,0 +1,94 @@
+// g_TE = gate(l_TE) of one tile, by one block of threads. Definition: gates.py.
+#pragma once
+
+#include "common.cuh"
+
+namespace loramux {
+
+enum GateFlags { ABSOLUTE = 1, RENORMALISE = 2, ONE = 4 };
+
+// Where a step's router logits are kept when somebody asks (trace.py), or null.
+struct TraceRows {
+  float* logits;
+  int tokens;
+};
+
+constexpr int GATE_LANES = 8;  // lanes that share a token, with two experts each
+
+__device__ __forceinline__ float over_token(float v, bool largest) {
+#pragma unroll
+  for (int step = 1; step < GATE_LANES; step *= 2) {
+    const float other = __shfl_xor_sync(ALL, v, step);
+    v = largest ? fmaxf(v, other) : v + other;
+  }
+  return v;
+}
+
+// Weights into gates[token][expert] of `TOKENS` tokens, of which `count` exist, by a team of `TEAM` threads of which this
+// is `thread`; returns a bit per expert that any token of this warp takes. `logit(id, expert)` reads the
+// score of the token whose row of h is `id`; `ids`: the tokens' rows.
+template <int TOKENS, int TEAM, typename Logit>
+__device__ u32 gate(const i64* rule, int experts, const Logit& logit, const int* ids, int count, int thread,
+                    float (*gates)[MAX_EXPERTS], TraceRows trace) {
+  constexpr int MINE = MAX_EXPERTS / GATE_LANES;
+  const int k = static_cast<int>(rule[0]), flags = static_cast<int>(rule[1]);
+  const float p_sum = __int_as_float(static_cast<int>(rule[2])), threshold = __int_as_float(static_cast<int>(rule[3]));
+  const float eps = __int_as_float(static_cast<int>(rule[4])), temperature = __int_as_float(static_cast<int>(rule[5]));
+  const float infinity = __int_as_float(0x7f800000);
+  const int lane = threadIdx.x % WARP, first = lane % GATE_LANES * MINE;
+  u32 taken = 0;
+#pragma unroll
+  for (int token = thread / GATE_LANES; token < TOKENS; token += TEAM / GATE_LANES) {
+    const bool real = token < count;
+    const int id = real ? __ldg(ids + token) : 0;
+    float p[MINE], largest = -infinity, sum = 0;
+#pragma unroll
+    for (int j = 0; j < MINE; ++j) {
+      const int e = first + j;
+      const bool live = real && e < experts;
+      // What the shrink did not write may hold anything: it is replaced, never multiplied.
+      const float score = live ? logit(id, e) : 0.f;
+      if (trace.logits != nullptr && live && id < trace.tokens) trace.logits[id * MAX_EXPERTS + e] = score;
+      p[j] = e < experts ? __fdiv_rn(flags & ABSOLUTE ? fabsf(score) : score, temperature) : -infinity;
+      largest = fmaxf(largest, p[j]);
+    }
+    largest = over_token(largest, true);
+#pragma unroll
+    for (int j = 0; j < MINE; ++j) sum += p[j] = expf(p[j] - largest);
+    sum = over_token(sum, false);
+    // Rounded as on the host: ten equal scores reach a threshold of 0.1.
+#pragma unroll
+    for (int j = 0; j < MINE; ++j) p[j] = __fdiv_rn(p[j], sum);
+    // How many experts come before each, and their probability together.
+    int place[MINE] = {};
+    float mass[MINE] = {}, total = 0;
+#pragma unroll
+    for (int o = 0; o < MAX_EXPERTS; ++o) {
+      const float other = __shfl_sync(ALL, p[o % MINE], lane / GATE_LANES * GATE_LANES + o / MINE);
+      if (o >= experts) continue;
+#pragma unroll
+      for (int j = 0; j < MINE; ++j) {
+        const bool before = other > p[j] || (other == p[j] && o < first + j);
+        place[j] += before;
+        mass[j] += before ? other : 0.f;
+      }
+    }
+    bool selected[MINE];
+#pragma unroll
+    for (int j = 0; j < MINE; ++j) {
+      selected[j] = first + j < experts && place[j] < k && mass[j] < p_sum && p[j] >= threshold;
+      total += selected[j] ? p[j] : 0.f;
+    }
+    total = over_token(total, false);
+    const float divisor = (flags & RENORMALISE) && total > 0 ? total + eps : 1.f;
+#pragma unroll
+    for (int j = 0; j < MINE; ++j) {
+      const float g = !selected[j] ? 0.f : flags & ONE ? 1.f : __fdiv_rn(p[j], divisor);
+      gates[token][first + j] = g;
+      taken |= real && g > 0 ? 1u << (first + j) : 0u;
+    }
+  }
+  return __reduce_or_sync(ALL, taken);
+}
+
+}  // namespace loramux

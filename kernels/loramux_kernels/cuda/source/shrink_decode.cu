@@ -1,0 +1,251 @@
+// h_TR = x_TI @ A_RIᵀ for every tile of up to 16 tokens, and from it the left operands of the expand, in one launch.
+//
+// A thread block takes a unit: 16 rows of A for one tile and one piece of I; its eight warps share the piece. Operands
+// go from memory to registers and never through shared memory: lane 4g + t reads 16 bytes of row g at element 8t of a
+// chunk of 32, for A and x alike, so that both sides of every product hold the same inputs in the same places. The
+// block that finishes a tile's last unit adds the pieces, computes the gate and hands over. Sums are added in an order
+// that depends on the site alone; the one atomic operation only counts finished units.
+
+#include "gate.cuh"
+#include "handoff.cuh"
+
+namespace loramux {
+
+constexpr int WARPS = 8, THREADS = WARPS * WARP, TEAM = THREADS / 2;
+constexpr int PITCH = 20;  // floats between tokens in shared memory: 16 rows, padded so that lanes hit distinct banks
+constexpr int MAX_PLANES = 4;
+constexpr i64 PREFETCHED = 24 << 20;  // bytes of one site's B that may wait in the L2 cache of 50 MB
+
+struct ShrinkArgs {
+  const element* x;
+  const element* weights;
+  const float* floats;
+  const int* ints;
+  const i64* table;
+  const int* count;  // tiles of the step; none if negative
+  const int* tiles;
+  const int* token_ids;
+  float* h;  // one plane per piece of I
+  Handoff* handoff;
+  Left* left;
+  int* finished;  // units of each tile: zero between launches
+  float* trace;
+  const int* trace_flag;
+  i64 x_stride, table_stride, h_stride, plane_stride;
+  int d_in, planes, first_gate, traced, slices, widths[MAX_SLICES];
+};
+
+struct Shared {
+  float partial[WARPS][MMA_ROWS][PITCH];
+  float gates[MAX_SLICES][MMA_ROWS][MAX_EXPERTS];
+  u32 taken[MAX_SLICES];
+  u32 masks[MAX_SLICES][MAX_BLOCKS];
+  int last;
+};
+
+// Part `part` of `parts` of B, scales and experts of an adapter into the L2 cache, where the expand will look for them.
+__device__ __forceinline__ void prefetch_expand(const ShrinkArgs& args, const i64* row, int part, int parts, int tiles) {
+  if (threadIdx.x != 0) return;
+  i64 begin = 0, bytes = 0;
+  for (int j = 0; j < args.slices; ++j) {
+    const i64 rank = row[HEAD + PART * j + RANK];
+    if (rank > 0 && bytes == 0) begin = row[HEAD + PART * j + B_OFFSET] * static_cast<i64>(sizeof(element));
+    bytes += rank * args.widths[j] * static_cast<i64>(sizeof(element));
+  }
+  if (bytes == 0 || tiles * bytes > PREFETCHED) return;
+  // Slices of B lie behind each other.
+  const i64 share = (bytes / parts + 127) / 128 * 128, first = share * part;
+  const i64 length = min(share, bytes - first) / 16 * 16;
+  if (length > 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
+                     reinterpret_cast<const char*>(args.weights) + begin + first),
+                 "r"(static_cast<u32>(length)));
+}
+
+// This warp's sums of 16 rows of A from `a` on (`rows` of them exist) with TILES groups of eight tokens, over chunks
+// [begin, end), into out[token][row]. DEPTH: chunks whose loads are in flight together.
+template <typename T, int TILES, int DEPTH>
+__device__ __forceinline__ void sums(const ShrinkArgs& args, const Tile& tile, const element* a, int rows, int begin,
+                                     int end, float (*out)[PITCH]) {
+  const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+  const element* a_low = a + static_cast<i64>(g) * args.d_in + 8 * t;
+  const element* a_high = a_low + 8 * static_cast<i64>(args.d_in);
+  const bool low = g < rows, high = g + 8 < rows;
+  const element* xs[TILES];
+  bool live[TILES];
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) {
+    const int i = n * 8 + g;
+    live[n] = i < tile.count;
+    xs[n] = args.x + (live[n] ? __ldg(args.token_ids + tile.start + i) * args.x_stride : 0) + 8 * t;
+  }
+  float acc[TILES][4] = {};
+  for (int chunk = begin; chunk < end; chunk += DEPTH) {
+    Vector wl[DEPTH], wh[DEPTH], v[DEPTH][TILES];
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d) {
+      const int i = (chunk + d) * CHUNK;
+      const bool in = chunk + d < end && i + 8 * t < args.d_in;
+      wl[d] = load_weights(a_low + i, in && low);
+      wh[d] = load_weights(a_high + i, in && high);
+#pragma unroll
+      for (int n = 0; n < TILES; ++n) v[d][n] = load(xs[n] + i, in && live[n]);
+    }
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d)
+#pragma unroll
+      for (int n = 0; n < TILES; ++n)
+#pragma unroll
+        for (int k = 0; k < 4; k += 2)
+          T::mma(acc[n], wl[d].words[k], wh[d].words[k], wl[d].words[k + 1], wh[d].words[k + 1], v[d][n].words[k],
+                 v[d][n].words[k + 1]);
+  }
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) {
+    float(*to)[PITCH] = out + n * 8 + 2 * t;
+    to[0][g] = acc[n][0];
+    to[1][g] = acc[n][1];
+    to[0][g + 8] = acc[n][2];
+    to[1][g + 8] = acc[n][3];
+  }
+}
+
+// One column of h for the token whose row is `id`: the planes in order. Other blocks wrote them: past the nearest cache.
+__device__ __forceinline__ float sum_planes(const ShrinkArgs& args, int id, int column) {
+  const float* p = args.h + id * args.h_stride + column;
+  float plane[MAX_PLANES], sum = 0;
+#pragma unroll
+  for (int i = 0; i < MAX_PLANES; ++i) plane[i] = i < args.planes ? __ldcg(p + i * args.plane_stride) : 0.f;
+#pragma unroll
+  for (int i = 0; i < MAX_PLANES; ++i) sum += plane[i];
+  return sum;
+}
+
+// The whole block: h of a tile, now complete, into what the expand reads.
+template <typename T>
+__device__ void hand_over(const ShrinkArgs& args, const Tile& tile, int index, const i64* row, Shared& shared) {
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+  const int* ids = args.token_ids + tile.start;
+  const bool tracing = *args.trace_flag != 0;
+  if (threadIdx.x < MAX_SLICES) shared.taken[threadIdx.x] = 0;
+  if (threadIdx.x < MAX_SLICES * MAX_BLOCKS) (&shared.masks[0][0])[threadIdx.x] = 0;
+  __syncthreads();
+  // Two slices at a time, by half of the block each.
+  for (int j = threadIdx.x / TEAM; j < args.slices; j += THREADS / TEAM) {
+    const Slice s = read_slice(row, j, args.floats, args.ints);
+    u32 taken = ALL;
+    if (s.experts > 0) {
+      float* kept = args.trace + static_cast<i64>(args.first_gate + j) * args.traced * MAX_EXPERTS;
+      const int first = static_cast<int>(s.part[LOGITS]);
+      taken = gate<MMA_ROWS, TEAM>(
+          s.part + RULE, s.experts, [&](int id, int e) { return sum_planes(args, id, first + e); }, ids, tile.count,
+          threadIdx.x % TEAM, shared.gates[j], TraceRows{tracing ? kept : nullptr, args.traced});
+    }
+    if (lane == 0) atomicOr(&shared.taken[j], taken);
+  }
+  __syncthreads();
+  // Every warp takes every eighth block, twice: which rows count, then where the blocks go.
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int j = 0, n = 0; j < args.slices; ++j) {
+      const Slice s = read_slice(row, j, args.floats, args.ints);
+      const int blocks = blocks_of(s.rank, MMA_ROWS), at = place(index, args.slices, j);
+      Handoff& handoff = args.handoff[at];
+      for (int block = 0; block < blocks; ++block, ++n) {
+        if (n % WARPS != warp) continue;
+        const Rows rows(s, block, shared.taken[j]);
+        if (pass == 0) {
+          if (lane == 0) shared.masks[j][block] = rows.mask;
+          continue;
+        }
+        if (rows.mask == 0) continue;
+        int to = 0;
+        for (int before = 0; before < block; ++before) to += shared.masks[j][before] != 0;
+        Vector left;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int token = 8 * i + g;
+          const bool live = token < tile.count;
+          const int id = live ? __ldg(ids + token) : 0, column = s.first_row + block * MMA_ROWS + 4 * t;
+          float v[4];
+#pragma unroll
+          for (int q = 0; q < 4; ++q) v[q] = live && rows.use[q] ? sum_planes(args, id, column + q) : 0.f;
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            const float weight = s.experts > 0 ? shared.gates[j][token][rows.expert[q]] : 1.f;
+            // What no gate selects may hold anything: replaced, never multiplied.
+            v[q] = weight != 0.f ? v[q] * rows.factor[q] * weight : 0.f;
+          }
+          left.words[i] = T::pack(v[0], v[1]);
+          left.words[2 + i] = T::pack(v[2], v[3]);
+        }
+        args.left[at * MAX_BLOCKS + to][lane] = left;
+        if (lane == 0) handoff.rows[to] = static_cast<u32>(block) | rows.mask << 16;
+      }
+      if (pass == 1 && warp == j % WARPS) {
+        if (lane < MMA_ROWS) handoff.ids[lane] = lane < tile.count ? __ldg(ids + lane) : -1;
+        const bool any = lane < MAX_BLOCKS && shared.masks[j][lane] != 0;
+        const int live_blocks = __popc(__ballot_sync(ALL, any));
+        if (lane == 0) {
+          handoff.b = s.b;
+          handoff.blocks = live_blocks;
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void shrink(const ShrinkArgs& args) {
+  __shared__ Shared shared;
+  const int warp = threadIdx.x / WARP, blocks = gridDim.x;
+  const int tiles = *args.count;
+  if (tiles <= 0) return;
+  // Several thread blocks share a tile and take every `lanes`th unit of it.
+  const int lanes = max(blocks / tiles, 1), chunks = blocks_of(args.d_in, CHUNK), parts = args.planes * WARPS;
+  for (int item = blockIdx.x; item < tiles * lanes; item += blocks) {
+    const int index = item / lanes, lane = item % lanes;
+    const Tile tile = read_tile(args.tiles, index);
+    const i64* row = args.table + tile.slot * args.table_stride;
+    const int rows = static_cast<int>(row[ROWS]);
+    const int units = blocks_of(rows, MMA_ROWS) * args.planes;
+    const element* a = args.weights + row[A_OFFSET];
+    if (units == 0 && lane == 0) hand_over<T>(args, tile, index, row, shared);
+    for (int unit = lane; unit < units; unit += lanes) {
+      const int first = unit / args.planes * MMA_ROWS, plane = unit % args.planes, part = plane * WARPS + warp;
+      const int begin = chunks * part / parts, end = chunks * (part + 1) / parts;
+      const element* mine = a + static_cast<i64>(first) * args.d_in;
+      if (tile.count <= 8)
+        sums<T, 1, 8>(args, tile, mine, rows - first, begin, end, shared.partial[warp]);
+      else
+        sums<T, 2, 4>(args, tile, mine, rows - first, begin, end, shared.partial[warp]);
+      prefetch_expand(args, row, unit, units, tiles);
+      __syncthreads();
+      const int token = threadIdx.x / MMA_ROWS, r = threadIdx.x % MMA_ROWS;
+      if (token < tile.count && first + r < rows) {
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) sum += shared.partial[w][token][r];
+        args.h[plane * args.plane_stride + __ldg(args.token_ids + tile.start + token) * args.h_stride + first + r] = sum;
+      }
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) shared.last = atomicAdd(args.finished + index, 1) == units - 1;
+      __syncthreads();
+      if (!shared.last) continue;
+      __threadfence();
+      if (threadIdx.x == 0) args.finished[index] = 0;
+      hand_over<T>(args, tile, index, row, shared);
+    }
+  }
+}
+
+}  // namespace loramux
+
+#define KERNEL(name, type)                                                                             \
+  extern "C" __global__ void __launch_bounds__(loramux::THREADS, 2)                                    \
+      name(const __grid_constant__ loramux::ShrinkArgs args) {                                         \
+    loramux::shrink<loramux::type>(args);                                                              \
+  }
+KERNEL(shrink_bfloat16, BFloat16)
+KERNEL(shrink_float16, Float16)

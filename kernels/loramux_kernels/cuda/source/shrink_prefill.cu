@@ -1,0 +1,133 @@
+// h_TR = x_TI @ A_RIᵀ for every tile of up to 64 tokens, in one launch.
+//
+// A cluster of eight thread blocks owns a tile and a group of up to 128 rows of A; each block takes an eighth of I.
+// Operands go from memory to registers as in shrink_decode.cu. The blocks' sums meet in the cluster's shared memory and
+// are added in a fixed order, so h has one plane.
+
+#include "common.cuh"
+
+namespace loramux {
+
+constexpr int CLUSTER = 8, WARPS = 8, THREADS = WARPS * WARP, GROUP_ROWS = WARPS * MMA_ROWS;
+constexpr int TILES = 8, TOKENS = 8 * TILES, DEPTH = 3;  // groups of eight tokens; chunks whose loads are in flight
+constexpr int PITCH = 20;  // floats between tokens in shared memory: 16 rows, padded so that lanes hit distinct banks
+
+struct ShrinkArgs {
+  const element* x;
+  const element* weights;
+  const i64* table;
+  const int* count;  // tiles of the step; none if negative
+  const int* tiles;
+  const int* token_ids;
+  float* h;
+  i64 x_stride, table_stride, h_stride;
+  int d_in, groups;
+};
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same place of shared memory in block `rank` of the cluster.
+__device__ __forceinline__ float load_of(const float* mine, int rank) {
+  float v;
+  asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.f32 %0, [a];}"
+               : "=f"(v)
+               : "r"(static_cast<u32>(__cvta_generic_to_shared(mine))), "r"(rank));
+  return v;
+}
+
+template <typename T>
+__device__ __forceinline__ void shrink(const ShrinkArgs& args) {
+  __shared__ float partial[WARPS][TOKENS][PITCH];
+  const int part = cluster_rank();
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+  const int tiles = *args.count, clusters = gridDim.x / CLUSTER, chunks = blocks_of(args.d_in, CHUNK);
+  if (tiles <= 0) return;
+  // With few tiles several clusters share one and take every `lanes`th group of its rows.
+  const int lanes = max(min(clusters / tiles, args.groups), 1);
+  for (int item = blockIdx.x / CLUSTER; item < tiles * lanes; item += clusters) {
+    const Tile tile = read_tile(args.tiles, item / lanes);
+    const i64* row = args.table + tile.slot * args.table_stride;
+    const int all_rows = static_cast<int>(row[ROWS]);
+    for (int first = item % lanes * GROUP_ROWS; first < all_rows; first += lanes * GROUP_ROWS) {
+      const int rows = min(all_rows - first, GROUP_ROWS), blocks = blocks_of(rows, MMA_ROWS);
+      // Fewer blocks of rows than warps: several warps share a block and take pieces of the inputs.
+      const int sharing = blocks > 4 ? 1 : blocks > 2 ? 2 : blocks > 1 ? 4 : 8;
+      const int block = warp / sharing, piece = warp % sharing;
+      if (block < blocks) {
+        const int part_begin = chunks * part / CLUSTER, part_end = chunks * (part + 1) / CLUSTER;
+        const int begin = part_begin + (part_end - part_begin) * piece / sharing;
+        const int end = part_begin + (part_end - part_begin) * (piece + 1) / sharing;
+        const int r = block * MMA_ROWS + g;
+        const element* a_low = args.weights + row[A_OFFSET] + static_cast<i64>(first + r) * args.d_in + 8 * t;
+        const element* a_high = a_low + 8 * static_cast<i64>(args.d_in);
+        const bool low = r < rows, high = r + 8 < rows;
+        const element* xs[TILES];
+        bool live[TILES];
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+          const int i = n * 8 + g;
+          live[n] = i < tile.count;
+          xs[n] = args.x + (live[n] ? __ldg(args.token_ids + tile.start + i) * args.x_stride : 0) + 8 * t;
+        }
+        float acc[TILES][4] = {};
+        for (int chunk = begin; chunk < end; chunk += DEPTH) {
+          Vector wl[DEPTH], wh[DEPTH], v[DEPTH][TILES];
+#pragma unroll
+          for (int d = 0; d < DEPTH; ++d) {
+            const int i = (chunk + d) * CHUNK;
+            const bool in = chunk + d < end && i + 8 * t < args.d_in;
+            wl[d] = load_weights(a_low + i, in && low);
+            wh[d] = load_weights(a_high + i, in && high);
+#pragma unroll
+            for (int n = 0; n < TILES; ++n) v[d][n] = load(xs[n] + i, in && live[n]);
+          }
+#pragma unroll
+          for (int d = 0; d < DEPTH; ++d)
+#pragma unroll
+            for (int n = 0; n < TILES; ++n)
+#pragma unroll
+              for (int k = 0; k < 4; k += 2)
+                T::mma(acc[n], wl[d].words[k], wh[d].words[k], wl[d].words[k + 1], wh[d].words[k + 1],
+                       v[d][n].words[k], v[d][n].words[k + 1]);
+        }
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+          float* out = &partial[warp][n * 8 + 2 * t][0];
+          out[g] = acc[n][0];
+          out[PITCH + g] = acc[n][1];
+          out[g + 8] = acc[n][2];
+          out[PITCH + g + 8] = acc[n][3];
+        }
+      }
+      cluster_barrier();
+      for (int i = part * THREADS + threadIdx.x; i < blocks * TOKENS * MMA_ROWS; i += CLUSTER * THREADS) {
+        const int b = i / (TOKENS * MMA_ROWS), token = i / MMA_ROWS % TOKENS, r = b * MMA_ROWS + i % MMA_ROWS;
+        if (token >= tile.count || r >= rows) continue;
+        float sum = 0;
+        for (int p = 0; p < sharing; ++p)
+#pragma unroll
+          for (int c = 0; c < CLUSTER; ++c) sum += load_of(&partial[b * sharing + p][token][i % MMA_ROWS], c);
+        args.h[__ldg(args.token_ids + tile.start + token) * args.h_stride + first + r] = sum;
+      }
+      cluster_barrier();  // nobody overwrites or leaves what others still read
+    }
+  }
+}
+
+}  // namespace loramux
+
+#define KERNEL(name, type)                                                                                \
+  extern "C" __global__ void __cluster_dims__(loramux::CLUSTER, 1, 1) __launch_bounds__(loramux::THREADS) \
+      name(const __grid_constant__ loramux::ShrinkArgs args) {                                            \
+    loramux::shrink<loramux::type>(args);                                                                 \
+  }
+KERNEL(shrink_bfloat16, BFloat16)
+KERNEL(shrink_float16, Float16)
