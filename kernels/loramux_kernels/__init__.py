@@ -1,10 +1,11 @@
 """Device operations for batches in which every token may have another LoRA adapter.
 
-    h_TR, l_TE = x_TI @ A_RIᵀ, x_TI @ W_EIᵀ                                             shrink
-    y_T,slice j += (gate(l)_T,expert(R) ⊙ scale_R ⊙ h_TR)[:, rows of slice j] @ B_RO       expand
+    h_TR, l_TE = x_TI @ A_RIᵀ, x_TI @ W_EIᵀ                                                                      shrink
+    y_T,slice j ← mag ⊙ y_T,slice j + (gate(l)_T,expert(R) ⊙ scale_R ⊙ h_TR)[:, rows of slice j] @ B_RO + bias   expand
 
 T tokens · I inputs · O outputs of a slice · R rank rows · E experts. Each token takes the weights of its adapter's
-slot in an `AdapterPool`; a base token (slot −1) is left alone. A plain adapter has no router W, and a gate of one.
+slot in an `AdapterPool`; a base token (slot −1) is left alone. A plain adapter has no router W and a gate, mag of one
+and bias of zero.
 """
 
 from loramux_kernels.errors import (

@@ -13,6 +13,9 @@ import struct
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+from torch import Tensor
+
 MAX_EXPERTS = 16
 """Experts of one module. The kernels hold a token's gate in registers, one axis of this length."""
 
@@ -71,6 +74,15 @@ class TokenGate:
         threshold = self.threshold if self.select == "threshold" else -math.inf
         flags = ABSOLUTE * self.absolute | RENORMALISE * self.renormalise | ONE * self.one
         return k, flags, *(_bits(value) for value in (p, threshold, self.eps, self.temperature))
+
+
+def check_experts(module: str, expert: Tensor, experts: int) -> None:
+    """ValueError unless `expert` holds integers from 0 to `experts` − 1."""
+    if expert.dtype == torch.bool or expert.is_floating_point() or expert.is_complex():
+        raise ValueError(f"module {module}: expert has dtype {expert.dtype}, must be integers")
+    low, high = int(expert.min()), int(expert.max())
+    if low < 0 or high >= experts:
+        raise ValueError(f"module {module}: expert {low if low < 0 else high}, there are 0 to {experts - 1}")
 
 
 def _float32(name: str, value: float) -> float:

@@ -10,7 +10,7 @@ makes the latter wait before `publish`, and waits for the running steps before i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -21,10 +21,11 @@ from torch import Tensor
 from loramux_kernels import backends
 from loramux_kernels.arena import Extents
 from loramux_kernels.errors import NotWritten, PoolFull, RankTooLarge, UnknownModule, UnknownSlot, WrongShape
-from loramux_kernels.gates import TokenGate
+from loramux_kernels.gates import TokenGate, check_experts
+from loramux_kernels.layout import Layout, Part
 from loramux_kernels.ops.shrink import h_shape
 from loramux_kernels.plan import Ints, Plan
-from loramux_kernels.sites import TABLE_HEAD, TABLE_PART, Layout, Site, SiteSpec, SlotWeights, accumulator
+from loramux_kernels.sites import TABLE_HEAD, TABLE_PART, Site, SiteSpec, SlotWeights, accumulator
 from loramux_kernels.trace import Trace, Traced
 
 NO_GATES: Mapping[str, TokenGate] = MappingProxyType({})
@@ -157,17 +158,32 @@ class AdapterPool:
 
     # ---- adapters
 
-    def bytes_for(self, ranks: Mapping[str, int], gates: Mapping[str, TokenGate] = NO_GATES) -> int:
-        """Exact bytes, alignment included, that an adapter with these ranks and gates per module takes."""
-        return sum(layout.nbytes for layout in self._layouts(ranks, gates).values())
+    def bytes_for(
+        self,
+        ranks: Mapping[str, int],
+        gates: Mapping[str, TokenGate] = NO_GATES,
+        *,
+        mag: Collection[str] = (),
+        bias: Collection[str] = (),
+    ) -> int:
+        """Exact bytes, alignment included, that an adapter takes; arguments as of `reserve`."""
+        return sum(layout.nbytes for layout in self._layouts(ranks, gates, mag, bias).values())
 
-    def reserve(self, ranks: Mapping[str, int], gates: Mapping[str, TokenGate] = NO_GATES) -> int:
+    def reserve(
+        self,
+        ranks: Mapping[str, int],
+        gates: Mapping[str, TokenGate] = NO_GATES,
+        *,
+        mag: Collection[str] = (),
+        bias: Collection[str] = (),
+    ) -> int:
         """Take a slot and memory for an adapter with these ranks per module; all or nothing.
 
-        A module in `gates` is a mixture of experts: its rank counts the rank rows of all its experts.
+        A module in `gates` is a mixture of experts: its rank counts the rank rows of all its experts. Modules in
+        `mag` multiply the base linear's output, modules in `bias` add to it; they need no rank.
         Raises PoolFull, UnknownModule, RankTooLarge, or ValueError for a gate without rank; then nothing has changed.
         """
-        layouts = self._layouts(ranks, gates)
+        layouts = self._layouts(ranks, gates, mag, bias)
         needed = sum(layout.nbytes for layout in layouts.values())
         if not self.free_slots or needed > self.free_bytes:
             raise self._full(needed)
@@ -181,7 +197,7 @@ class AdapterPool:
             offsets[i] = offset
         slot = next(s for s in range(self.slots) if s not in self._residents)
         pieces = {i: _Piece(offsets[i], lay, self._sites[i].views(offsets[i], lay)) for i, lay in layouts.items()}
-        self._residents[slot] = _Resident(pieces, {m for m, rank in ranks.items() if rank})
+        self._residents[slot] = _Resident(pieces, {m for m, rank in ranks.items() if rank}.union(mag, bias))
         return slot
 
     def write(
@@ -194,17 +210,20 @@ class AdapterPool:
         *,
         router: Tensor | None = None,
         expert: Tensor | None = None,
+        mag: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> int:
         """Copy one module's `a_RI`, `b_RO` (B transposed) and `scale_R` into the reservation; returns bytes copied.
 
         A module reserved with a gate, and no other, needs `router_EI` and `expert_R`: which expert each rank row
-        belongs to. Converts to the pool's dtype. Raises UnknownModule, UnknownSlot, WrongShape, or ValueError for
+        belongs to. Likewise one reserved with mag or bias needs `mag_O` or `bias_O`. Converts to the pool's dtypes.
+        Raises UnknownModule, UnknownSlot, WrongShape, or ValueError for an array too many or too few and for
         experts that do not exist, before it copies anything.
         """
         i, j = self._find(module)
         resident = self._resident(slot)
         piece = resident.pieces.get(i)
-        if piece is None or not piece.layout.ranks[j] or resident.published:
+        if piece is None or piece.layout.parts[j] == Part() or resident.published:
             raise UnknownSlot(slot, module)
         part = piece.weights.slices[j]
         copies = {
@@ -212,18 +231,21 @@ class AdapterPool:
             "b": (b, part.b),
             "scale": (scale, piece.weights.scale[part.rows]),
         }
-        if part.gate is not None:
-            if router is None or expert is None:
-                raise ValueError(f"module {module}: reserved with a gate, which needs router and expert")
-            copies["router"] = (router, piece.weights.a[part.gate.logits])
-            copies["expert"] = (expert, part.gate.expert)
-        elif router is not None or expert is not None:
-            raise ValueError(f"module {module}: router or expert, but reserved without a gate")
+        for name, tensor, target in (
+            ("router", router, piece.weights.a[part.gate.logits] if part.gate else None),
+            ("expert", expert, part.gate.expert if part.gate else None),
+            ("mag", mag, part.mag),
+            ("bias", bias, part.bias),
+        ):
+            if tensor is not None and target is not None:
+                copies[name] = (tensor, target)
+            elif tensor is not None or target is not None:
+                raise ValueError(f"module {module}: {name} reserved: {target is not None}, given: {tensor is not None}")
         for name, (tensor, target) in copies.items():
             if tensor.shape != target.shape:
                 raise WrongShape(module, name, tuple(tensor.shape), tuple(target.shape))
         if part.gate is not None and expert is not None:
-            _check_experts(module, expert, part.gate.rule.experts)
+            check_experts(module, expert, part.gate.rule.experts)
         for tensor, target in copies.values():
             target.copy_(tensor, non_blocking=tensor.is_pinned())
         resident.unwritten.discard(module)
@@ -300,9 +322,9 @@ class AdapterPool:
         """Gates of a slot's adapter by their rule, as the trace numbers them."""
         found: dict[TokenGate, list[int]] = {}
         for i, piece in self._residents[slot].pieces.items():
-            for j, rule in enumerate(piece.layout.gates):
-                if rule is not None:
-                    found.setdefault(rule, []).append(self._sites[i].first_gate + j)
+            for j, part in enumerate(piece.layout.parts):
+                if part.gate is not None:
+                    found.setdefault(part.gate, []).append(self._sites[i].first_gate + j)
         return found
 
     def _find(self, module: str) -> tuple[int, int]:
@@ -325,31 +347,25 @@ class AdapterPool:
             free_slots=self.free_slots,
         )
 
-    def _layouts(self, ranks: Mapping[str, int], gates: Mapping[str, TokenGate]) -> dict[int, Layout]:
+    def _layouts(
+        self,
+        ranks: Mapping[str, int],
+        gates: Mapping[str, TokenGate],
+        mag: Collection[str],
+        bias: Collection[str],
+    ) -> dict[int, Layout]:
         """Layout per touched site index."""
-        for module in gates:
-            self._find(module)
-            if not ranks.get(module):
-                raise ValueError(f"module {module}: a gate, but no rank")
-        by_site: dict[int, list[int]] = {}
-        for module, rank in ranks.items():
+        by_site: dict[int, list[Part]] = {}
+        for module in dict.fromkeys((*ranks, *gates, *mag, *bias)):
             i, j = self._find(module)
-            if rank > self.max_rank:
-                raise RankTooLarge(module, rank, self.max_rank)
-            if rank < 0:
-                raise ValueError(f"module {module}: rank {rank}")
-            if rank:
-                by_site.setdefault(i, [0] * len(self._sites[i].spec.d_outs))[j] = rank
-        item, layouts = self.dtype.itemsize, {}
-        for i, site_ranks in sorted(by_site.items()):
-            spec = self._sites[i].spec
-            layouts[i] = Layout.of(spec, tuple(site_ranks), tuple(gates.get(m) for m in spec.modules), item)
-        return layouts
-
-
-def _check_experts(module: str, expert: Tensor, experts: int) -> None:
-    if expert.dtype == torch.bool or expert.is_floating_point() or expert.is_complex():
-        raise ValueError(f"module {module}: expert has dtype {expert.dtype}, must be integers")
-    low, high = int(expert.min()), int(expert.max())
-    if low < 0 or high >= experts:
-        raise ValueError(f"module {module}: expert {low if low < 0 else high}, there are 0 to {experts - 1}")
+            part = Part(ranks.get(module, 0), gates.get(module), module in mag, module in bias)
+            if part.rank > self.max_rank:
+                raise RankTooLarge(module, part.rank, self.max_rank)
+            if part.rank < 0:
+                raise ValueError(f"module {module}: rank {part.rank}")
+            if part.gate and not part.rank:
+                raise ValueError(f"module {module}: a gate, but no rank")
+            if part != Part():
+                by_site.setdefault(i, [Part()] * len(self._sites[i].spec.d_outs))[j] = part
+        specs, item = {i: self._sites[i].spec for i in sorted(by_site)}, self.dtype.itemsize
+        return {i: Layout.of(spec.d_in, spec.d_outs, tuple(by_site[i]), item) for i, spec in specs.items()}

@@ -14,17 +14,16 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from loramux_kernels.arena import aligned
 from loramux_kernels.gates import GATE_FIELDS, MAX_EXPERTS, TokenGate
+from loramux_kernels.layout import WORD, Layout
 
 if TYPE_CHECKING:
     from loramux_kernels.backends import Backend
     from loramux_kernels.plan import Plan
     from loramux_kernels.trace import Trace
 
-SCALE_BYTES = EXPERT_BYTES = 4
 TABLE_HEAD = 4
-TABLE_PART = 5 + GATE_FIELDS
+TABLE_PART = 5 + GATE_FIELDS + 2
 """Columns of a site's table before the slices, and of each slice."""
 
 
@@ -63,13 +62,16 @@ class SliceGate:
 
 @dataclass(frozen=True)
 class SliceWeights:
-    """Slice `index` of an adapter at a site: rows of h and A, columns of y, and B transposed `b_RO`."""
+    """Slice `index` of an adapter at a site: rows of h and A, columns of y, B transposed `b_RO`, and where it has
+    them float32 `mag_O` and `bias_O`."""
 
     index: int
     rows: slice
     cols: slice
     b: Tensor
     gate: SliceGate | None = None
+    mag: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -85,48 +87,11 @@ class SlotWeights:
     scale: Tensor
     slices: tuple[SliceWeights, ...]
     live: tuple[SliceWeights, ...] = field(init=False)
-    """The slices with rank > 0."""
+    """The slices that change anything."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "live", tuple(s for s in self.slices if s.rank))
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Byte offsets, inside one extent, of an adapter's arrays at one site.
-
-    A of all slices with the routers' rows behind it, then scale, then (only with a gate) expert, then B of each slice.
-    """
-
-    ranks: tuple[int, ...]
-    gates: tuple[TokenGate | None, ...]
-    scale: int
-    expert: int
-    b: tuple[int, ...]
-    nbytes: int
-
-    @classmethod
-    def of(cls, spec: SiteSpec, ranks: tuple[int, ...], gates: tuple[TokenGate | None, ...], itemsize: int) -> Layout:
-        rank_rows, router_rows = sum(ranks), sum(g.experts for g in gates if g)
-        scale = aligned((rank_rows + router_rows) * spec.d_in * itemsize)
-        expert = scale + aligned(rank_rows * SCALE_BYTES)
-        end = expert + (aligned(rank_rows * EXPERT_BYTES) if router_rows else 0)
-        b = []
-        for rank, d_out in zip(ranks, spec.d_outs, strict=True):
-            b.append(end)
-            end += aligned(rank * d_out * itemsize)
-        return cls(ranks, gates, scale, expert, tuple(b), end)
-
-    @property
-    def rows(self) -> int:
-        """Rows of A in use: rank rows and router rows."""
-        return sum(self.ranks) + sum(g.experts for g in self.gates if g)
-
-    @property
-    def logits(self) -> tuple[int, ...]:
-        """First router row of each slice, where its logits begin in h."""
-        counts = (g.experts if g else 0 for g in self.gates[:-1])
-        return tuple(itertools.accumulate(counts, initial=sum(self.ranks)))
+        live = (s for s in self.slices if s.rank or s.mag is not None or s.bias is not None)
+        object.__setattr__(self, "live", tuple(live))
 
 
 class Site:
@@ -135,8 +100,9 @@ class Site:
     `weights`, `floats` and `ints` are the same arena seen as the pool's dtype, as float32 and as int32. `table`
     (device, int64 [slots, TABLE_HEAD + TABLE_PART·slices]) holds, per slot: offset of A in `weights`, of scale in
     `floats` and of expert in `ints`, rows of A; then per slice the first rank row, the rank, the offset of B in
-    `weights`, the number of experts (0: no gate), the first router row, and the gate as `TokenGate.packed`. Zeros
-    where the adapter leaves the site alone. Slice j is gate `first_gate` + j of `trace`.
+    `weights`, the number of experts (0: no gate), the first router row, the gate as `TokenGate.packed`, and the
+    offsets of mag and bias in `floats`, plus one (0: none). Zeros where the adapter leaves the site alone. Slice j is
+    gate `first_gate` + j of `trace`.
     """
 
     def __init__(
@@ -171,34 +137,41 @@ class Site:
 
     def views(self, offset: int, layout: Layout) -> SlotWeights:
         """The arrays of an adapter whose extent begins at byte `offset`."""
-        item, total, d_in = self.dtype.itemsize, sum(layout.ranks), self.spec.d_in
+        item, total, d_in = self.dtype.itemsize, layout.rank_rows, self.spec.d_in
         a = self.weights.as_strided((layout.rows, d_in), (d_in, 1), offset // item)
-        scale = self.floats.as_strided((total,), (1,), (offset + layout.scale) // SCALE_BYTES)
-        experts = (offset + layout.expert) // EXPERT_BYTES
+        scale = self._words(self.floats, offset + layout.scale, total)
         slices: list[SliceWeights] = []
         row = col = 0
-        for rank, d_out, at, rule, first in zip(
-            layout.ranks, self.spec.d_outs, layout.b, layout.gates, layout.logits, strict=True
-        ):
-            b = self.weights.as_strided((rank, d_out), (d_out, 1), (offset + at) // item if rank else 0)
+        for j, (part, d_out) in enumerate(zip(layout.parts, self.spec.d_outs, strict=True)):
+            b = self.weights.as_strided((part.rank, d_out), (d_out, 1), (offset + layout.b[j]) // item)
             gate = None
-            if rule:
-                expert = self.ints.as_strided((rank,), (1,), experts + row)
-                gate = SliceGate(rule, slice(first, first + rule.experts), expert)
-            slices.append(SliceWeights(len(slices), slice(row, row + rank), slice(col, col + d_out), b, gate))
-            row, col = row + rank, col + d_out
+            if part.gate:
+                first = layout.logits[j]
+                expert = self._words(self.ints, offset + layout.expert + row * WORD, part.rank)
+                gate = SliceGate(part.gate, slice(first, first + part.gate.experts), expert)
+            mag, bias = (
+                None if at is None else self._words(self.floats, offset + at, d_out)
+                for at in (layout.mag[j], layout.bias[j])
+            )
+            rows, cols = slice(row, row + part.rank), slice(col, col + d_out)
+            slices.append(SliceWeights(j, rows, cols, b, gate, mag, bias))
+            row, col = rows.stop, cols.stop
         return SlotWeights(a, scale, tuple(slices))
+
+    @staticmethod
+    def _words(arena: Tensor, offset: int, count: int) -> Tensor:
+        return arena.as_strided((count,), (1,), offset // WORD)
 
     def table_row(self, offset: int, layout: Layout) -> list[int]:
         """What `table` holds for that adapter."""
         item = self.dtype.itemsize
-        scale, expert = (offset + layout.scale) // SCALE_BYTES, (offset + layout.expert) // EXPERT_BYTES
-        row = [offset // item, scale, expert, layout.rows]
+        row = [offset // item, (offset + layout.scale) // WORD, (offset + layout.expert) // WORD, layout.rows]
         first = 0
-        for rank, at, gate, logits in zip(layout.ranks, layout.b, layout.gates, layout.logits, strict=True):
-            row += [first, rank, (offset + at) // item]
-            row += [gate.experts, logits, *gate.packed()] if gate else [0] * (TABLE_PART - 3)
-            first += rank
+        for j, part in enumerate(layout.parts):
+            row += [first, part.rank, (offset + layout.b[j]) // item]
+            row += [part.gate.experts, layout.logits[j], *part.gate.packed()] if part.gate else [0] * (2 + GATE_FIELDS)
+            row += [0 if at is None else (offset + at) // WORD + 1 for at in (layout.mag[j], layout.bias[j])]
+            first += part.rank
         return row
 
 

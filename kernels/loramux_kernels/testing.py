@@ -4,6 +4,8 @@ An error bound is elementwise and follows from the arithmetic. For y' = y + Σ_r
 
     |y' − exact| ≤ u_y |exact| + u_h Σ_r |B_ro s_r h_r| + u_sum Σ_r |B_ro s_r| Σ_i |A_ri x_i|
 
+and for y' = mag_o y + Σ… + bias_o another u_sum (|mag_o y| + |bias_o|).
+
 u_y: the one rounding of y; u_h: the rounding of s ⊙ h to the weights' dtype before the second product, which tensor
 cores need; u_sum: the order and precision of the sums. In a mixture s_r is s_r g_e, and an error δ = u_sum Σ_i |W_ei
 x_i| / temperature of the logits makes one of at most 4 δ g_e of the gate (softmax 2 δ, its renormalisation again).
@@ -12,7 +14,7 @@ That holds while the same experts are selected: tests keep to inputs whose `marg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +54,7 @@ GATE_ROUNDING = 4
 
 class Weights(NamedTuple):
     """One module of an adapter: `a_RI`, `b_RO` (B transposed), float32 `scale_R`; of a mixture also its gate,
-    `router_EI` and integer `expert_R`."""
+    `router_EI` and integer `expert_R`; where it has them, float32 `mag_O` and `bias_O`."""
 
     a: Tensor
     b: Tensor
@@ -60,6 +62,8 @@ class Weights(NamedTuple):
     gate: TokenGate | None = None
     router: Tensor | None = None
     expert: Tensor | None = None
+    mag: Tensor | None = None
+    bias: Tensor | None = None
 
 
 Adapter = Mapping[str, Weights]
@@ -75,7 +79,7 @@ def random_adapter(
     for module, rank in ranks.items():
         d_in, d_out = sizes[module]
         a = torch.randn(rank, d_in, generator=generator, device=device) * d_in**-0.5
-        b = torch.randn(rank, d_out, generator=generator, device=device) * rank**-0.5
+        b = torch.randn(rank, d_out, generator=generator, device=device) * max(rank, 1) ** -0.5
         scale = torch.rand(rank, generator=generator, device=device) + 0.5
         adapter[module] = Weights(a.to(dtype), b.to(dtype), scale)
     return adapter
@@ -94,12 +98,28 @@ def mixed(adapter: Adapter, gates: Mapping[str, TokenGate], generator: torch.Gen
     return made
 
 
+def with_outputs(
+    adapter: Adapter, mag: Collection[str], bias: Collection[str], generator: torch.Generator
+) -> dict[str, Weights]:
+    """The adapter with multipliers of order one for the modules in `mag`, and biases likewise."""
+    made = dict(adapter)
+    for module, w in adapter.items():
+        d_out, device = w.b.shape[1], generator.device
+        if module in mag:
+            w = w._replace(mag=torch.rand(d_out, generator=generator, device=device) + 0.5)
+        if module in bias:
+            w = w._replace(bias=torch.randn(d_out, generator=generator, device=device))
+        made[module] = w
+    return made
+
+
 def load(pool: AdapterPool, adapter: Adapter) -> int:
     """Reserve, write and publish; the slot."""
     gates = {module: w.gate for module, w in adapter.items() if w.gate is not None}
-    slot = pool.reserve({module: w.a.shape[0] for module, w in adapter.items()}, gates)
+    mag, bias = ({m for m, w in adapter.items() if getattr(w, name) is not None} for name in ("mag", "bias"))
+    slot = pool.reserve({module: w.a.shape[0] for module, w in adapter.items()}, gates, mag=mag, bias=bias)
     for module, w in adapter.items():
-        pool.write(slot, module, w.a, w.b, w.scale, router=w.router, expert=w.expert)
+        pool.write(slot, module, w.a, w.b, w.scale, router=w.router, expert=w.expert, mag=w.mag, bias=w.bias)
     pool.publish(slot)
     return slot
 
@@ -208,6 +228,12 @@ def exact(spec: SiteSpec, adapters: Sequence[Adapter], which: Ints, lengths: Int
             w = adapters[index][module]
             a, b, scale = (t.to(y.device).double() for t in w[:3])
             total, error = out[rows, cols], bound[rows, cols]
+            if w.mag is not None:
+                total = total * w.mag.to(y.device).double()
+                error += tolerance.sum * total.abs()
+            if w.bias is not None:
+                bias = w.bias.to(y.device).double()
+                total, error = total + bias, error + tolerance.sum * bias.abs()
             expert, gates, gate_error = _experts(w, xs, tolerance)
             for e in range(gates.g.shape[1]):
                 mine, g = expert == e, gates.g[:, e : e + 1]

@@ -249,7 +249,7 @@ def test_sites_are_told_apart_by_a_cpu_tensor() -> None:
 
 def test_the_readme_example_runs() -> None:
     text = (Path(lk.__file__).parents[1] / "README.md").read_text()
-    code, mixture = (part.split("```")[0] for part in text.split("```python\n")[1:3])
+    code, mixture, scaled = (part.split("```")[0] for part in text.split("```python\n")[1:4])
     names: dict[str, Any] = {}
     torch.manual_seed(0)
     exec(code, names)
@@ -257,4 +257,5 @@ def test_the_readme_example_runs() -> None:
     assert not names["y"][3:].any()
     assert not names["y"][:, 64:96].any()
     exec(mixture, names)
-    assert names["pool"].resident() == (names["slot"], names["mixture"])
+    exec(scaled, names)
+    assert names["pool"].resident() == (names["slot"], names["mixture"], names["scaled"])

@@ -1,4 +1,4 @@
-"""y_T,slice j += (gate(l)_T,expert(R) ⊙ scale_R ⊙ h_TR)[:, rows of slice j] @ B_RO.
+"""y_T,slice j ← mag_O ⊙ y_T,slice j + (gate(l)_T,expert(R) ⊙ scale_R ⊙ h_TR)[:, rows of slice j] @ B_RO + bias_O.
 
 One gate and one product per adapter and slice.
 """
@@ -12,7 +12,7 @@ from loramux_kernels.sites import Site
 
 
 def expand(site: Site, y: Tensor, h: Tensor) -> None:
-    """Add to the rows of y whose tokens have an adapter at this site."""
+    """Change the rows of y whose tokens have an adapter at this site."""
     for slot, tokens in site.plan.groups:
         weights = site.slots[slot]
         if weights is None:
@@ -28,8 +28,14 @@ def expand(site: Site, y: Tensor, h: Tensor) -> None:
                     site.trace.put(site.first_gate + part.index, tokens, logits)
                 g = gate(part.gate.rule, logits)
                 h_part = h_part * g.index_select(1, part.gate.expert)
-            if y.dtype != h.dtype:
-                y[tokens, part.cols] = (y[tokens, part.cols].to(h.dtype) + h_part @ b).to(y.dtype)
+            if y.dtype != h.dtype or part.mag is not None or part.bias is not None:
+                total = y[tokens, part.cols].to(h.dtype)
+                if part.mag is not None:
+                    total = total * part.mag
+                total = total + h_part @ b
+                if part.bias is not None:
+                    total += part.bias
+                y[tokens, part.cols] = total.to(y.dtype)
             elif isinstance(tokens, slice):
                 y[tokens, part.cols].addmm_(h_part, b)
             else:

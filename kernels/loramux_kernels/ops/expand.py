@@ -1,8 +1,10 @@
-"""y_T,slice j += (gate(l)_T,expert(R) ⊙ scale_R ⊙ h_TR)[:, rows of slice j] @ B_RO, per token with its adapter's B.
+"""y_T,slice j ← mag_O ⊙ y_T,slice j + (gate(l)_T,expert(R) ⊙ scale_R ⊙ h_TR)[:, rows of slice j] @ B_RO + bias_O, per
+token with its adapter's weights.
 
 T tokens · R rank rows · O outputs of slice j. The gate, where there is one, weights each expert's rank rows by the
-slice's logits l_TE, the columns of h behind the rank rows (`gates.py`); elsewhere it is one. The sum is added to y in
-float32 (float64 for float64 weights) and rounded once. Rows of base tokens are not touched, bit for bit.
+slice's logits l_TE, the columns of h behind the rank rows (`gates.py`); elsewhere it is one. mag is one and bias zero
+where the adapter has none. All of it is float32 (float64 for float64 weights), and y is rounded once. Rows of base
+tokens are not touched, bit for bit.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ register("expand(Tensor(a!) y, Tensor h, Tensor site, Tensor? x=None) -> ()", _r
 
 
 def expand(y: Tensor, h: Tensor, site: Tensor, x: Tensor | None = None) -> None:
-    """Add the adapters' part to y [..., O] in place, from the h of `shrink` for the same site and step.
+    """Apply the adapters to y [..., O] in place, from the h of `shrink` for the same site and step.
 
     `x`, what was given to `shrink`, is not read: it is named where a compiler manages memory, because the shrink may
     still run beside the base linear when that no longer needs x.

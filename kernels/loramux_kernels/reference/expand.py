@@ -1,6 +1,7 @@
-"""y_t[slice j] += Bᵀ (g ⊙ scale ⊙ h_t)[rows of slice j] with the weights of token t's adapter.
+"""y_t[slice j] ← mag ⊙ y_t[slice j] + Bᵀ (g ⊙ scale ⊙ h_t)[rows of slice j] + bias, with token t's adapter.
 
 g: the gate of each rank row's expert, from the logits that follow the rank rows in h_t; 1 without a gate.
+mag is 1 and bias 0 where the slice has none.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from loramux_kernels.sites import Site
 
 
 def expand(site: Site, y: Tensor, h: Tensor) -> None:
-    """Add to the rows of y whose tokens have an adapter at this site."""
+    """Change the rows of y whose tokens have an adapter at this site."""
     for t, slot in enumerate(site.plan.token_slots.tolist()):
         weights = site.slots[slot] if slot >= 0 else None
         if weights is None:
@@ -24,5 +25,10 @@ def expand(site: Site, y: Tensor, h: Tensor) -> None:
                 if site.trace.on:
                     site.trace.put(site.first_gate + part.index, slice(t, t + 1), logits[None])
                 scaled = scaled * gate(part.gate.rule, logits)[part.gate.expert.long()]
-            delta = scaled @ part.b.to(h.dtype)
-            y[t, part.cols] = (y[t, part.cols].to(h.dtype) + delta).to(y.dtype)
+            total = y[t, part.cols].to(h.dtype)
+            if part.mag is not None:
+                total = part.mag * total
+            total = total + scaled @ part.b.to(h.dtype)
+            if part.bias is not None:
+                total = total + part.bias
+            y[t, part.cols] = total.to(y.dtype)

@@ -1,0 +1,75 @@
+"""Where the arrays of one adapter at one site lie in its extent of the arena.
+
+    A of all slices [R, I], routers behind it [E, I] each · scale [R] · expert [R], with a router only ·
+    per slice B [r, O], mag [O], bias [O]
+
+Every array begins on an `arena.ALIGNMENT` boundary; scale, mag and bias are float32, expert int32.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from loramux_kernels.arena import aligned
+from loramux_kernels.gates import TokenGate
+
+WORD = 4
+"""Bytes of a float32 or int32."""
+
+
+class Part(NamedTuple):
+    """What an adapter brings to one slice of a site: rank rows of all its experts, their gate, and whether its
+    outputs have a multiplier of their own for the base linear's part, and a bias."""
+
+    rank: int = 0
+    gate: TokenGate | None = None
+    mag: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Byte offsets inside one extent; None where a slice has no such array."""
+
+    parts: tuple[Part, ...]
+    scale: int
+    expert: int
+    b: tuple[int, ...]
+    mag: tuple[int | None, ...]
+    bias: tuple[int | None, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, d_in: int, d_outs: Sequence[int], parts: tuple[Part, ...], itemsize: int) -> Layout:
+        rank_rows, router_rows = sum(p.rank for p in parts), sum(p.gate.experts for p in parts if p.gate)
+        scale = aligned((rank_rows + router_rows) * d_in * itemsize)
+        expert = scale + aligned(rank_rows * WORD)
+        end = expert + (aligned(rank_rows * WORD) if router_rows else 0)
+        b: list[int] = []
+        mag: list[int | None] = []
+        bias: list[int | None] = []
+        for part, d_out in zip(parts, d_outs, strict=True):
+            b.append(end)
+            end += aligned(part.rank * d_out * itemsize)
+            for has, offsets in ((part.mag, mag), (part.bias, bias)):
+                offsets.append(end if has else None)
+                end += aligned(d_out * WORD) if has else 0
+        return cls(parts, scale, expert, tuple(b), tuple(mag), tuple(bias), end)
+
+    @property
+    def rank_rows(self) -> int:
+        return sum(p.rank for p in self.parts)
+
+    @property
+    def rows(self) -> int:
+        """Rows of A in use: rank rows and router rows."""
+        return self.rank_rows + sum(p.gate.experts for p in self.parts if p.gate)
+
+    @property
+    def logits(self) -> tuple[int, ...]:
+        """First router row of each slice, where its logits begin in h."""
+        counts = (p.gate.experts if p.gate else 0 for p in self.parts[:-1])
+        return tuple(itertools.accumulate(counts, initial=self.rank_rows))
