@@ -32,6 +32,7 @@ from loramux_kernels.testing import (
     mixed,
     ragged_batch,
     random_adapter,
+    with_outputs,
     worst,
     worst_trace,
 )
@@ -69,6 +70,8 @@ GATES: tuple[dict[str, TokenGate], ...] = (
     },
 )
 """By module, of the adapters of RANKS: plain, mixtures, and plain modules beside mixtures."""
+OUTPUTS = (*[("", "")] * 4, ("qkd", "vod"), ("qo", "q"), ("kod", "qd"), ("", "kvo"))
+"""Modules with a mag and with a bias, of the same adapters; "q" of the sixth has no rank."""
 LENGTHS = (1, 8, 16, 64, 128, 300, 1000, 2000)
 PADDING = 5
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
@@ -125,10 +128,11 @@ def check(dtype: torch.dtype) -> None:
     pool.warmup()
     torch.cuda.synchronize()
     report(not pool.active, f"{dtype} warm-up {time.perf_counter() - began:.1f} s")
-    adapters = [
-        mixed(random_adapter(SPECS, ranks, dtype, generator), gates, generator)
-        for ranks, gates in zip(RANKS, GATES, strict=True)
-    ]
+    adapters = []
+    for ranks, gates, (mag, bias) in zip(RANKS, GATES, OUTPUTS, strict=True):
+        unranked = dict.fromkeys(mag + bias, 0)
+        adapter = mixed(random_adapter(SPECS, unranked | ranks, dtype, generator), gates, generator)
+        adapters.append(with_outputs(adapter, mag, bias, generator))
     hole = load(pool, adapters[2])
     slots = np.array([*(load(pool, a) for a in adapters), -1], np.int32)
     pool.release(hole)

@@ -25,6 +25,7 @@ from loramux_kernels.testing import (
     mixed,
     ragged_batch,
     random_adapter,
+    with_outputs,
     worst,
     worst_trace,
 )
@@ -51,6 +52,9 @@ MIXED: tuple[dict[str, TokenGate], ...] = (
     {"k": TokenGate(6, "threshold", threshold=0.22), "v": TokenGate(7, eps=1e-3)},
     {},
 )
+# Modules with a mag and with a bias, of the same adapters; the last has neither. "q" of the third has no rank.
+OUTPUTS = (("ko", "qk"), ("q", "vo"), ("qo", "qk"), ("", ""))
+NO_OUTPUTS = (("", ""),) * 4
 MAX_RANK = 64
 
 
@@ -60,7 +64,12 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def check(
-    dtype: torch.dtype, tokens: int, gates: tuple[dict[str, TokenGate], ...], popularity: str, rng: np.random.Generator
+    dtype: torch.dtype,
+    tokens: int,
+    gates: tuple[dict[str, TokenGate], ...],
+    outputs: tuple[tuple[str, str], ...],
+    popularity: str,
+    rng: np.random.Generator,
 ) -> bool:
     pool = AdapterPool(
         SPECS,
@@ -74,9 +83,11 @@ def check(
         backend="triton",
     )
     gen = torch.Generator().manual_seed(int(rng.integers(1 << 30)))
-    adapters = [
-        mixed(random_adapter(SPECS, ranks, dtype, gen), rules, gen) for ranks, rules in zip(RANKS, gates, strict=True)
-    ]
+    adapters = []
+    for ranks, rules, (mag, bias) in zip(RANKS, gates, outputs, strict=True):
+        unranked = dict.fromkeys(mag + bias, 0)
+        adapter = mixed(random_adapter(SPECS, unranked | ranks, dtype, gen), rules, gen)
+        adapters.append(with_outputs(adapter, mag, bias, gen))
     hole = load(pool, adapters[0])
     slots = np.array([*(load(pool, a) for a in adapters), -1], dtype=np.int32)
     pool.release(hole)
@@ -107,7 +118,8 @@ def check(
         base = torch.from_numpy(np.r_[np.repeat(which, lengths), [-1] * 3] < 0)
         ok = error <= (2 if dtype == torch.bfloat16 else 1) and same_bits(y[base], before[base])
         good &= ok
-        case = f"{dtype} {spec.name} T={tokens} {popularity}{' mixed' * any(gates)}"
+        kind = " mixed" * any(gates) + " outputs" * (outputs is OUTPUTS)
+        case = f"{dtype} {spec.name} T={tokens} {popularity}{kind}"
         sys.stdout.write(f"{'OK' if ok else 'FAIL'} {case} error {error:.2f}\n")
     by_slot = dict(zip(slots.tolist(), adapters, strict=False))
     error = worst_trace(pool.take_trace(), SPECS, by_slot, inputs)
@@ -155,6 +167,7 @@ if __name__ == "__main__":
     # One length at least of every class in triton/config.py.
     cases = [(torch.float32, t) for t in (1, 13, 40, 100, 260)] + [(torch.bfloat16, t) for t in (40, 260)]
     good = [check_ties(rule) for rule in TIES]
-    for gates in (PLAIN, MIXED):
-        good += [check(d, t, gates, p, rng) for (d, t), p in zip(cases, itertools.cycle(POPULARITIES))]
+    for gates, outputs in ((PLAIN, NO_OUTPUTS), (MIXED, NO_OUTPUTS), (MIXED, OUTPUTS)):
+        some = cases if outputs is NO_OUTPUTS else cases[1::2]
+        good += [check(d, t, gates, outputs, p, rng) for (d, t), p in zip(some, itertools.cycle(POPULARITIES))]
     sys.exit(not all(good))

@@ -1,9 +1,11 @@
 # mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator"
-"""y_T,slice j += (gate(l)_T,expert(R) ⊙ scale_R ⊙ h_TR)[:, rows of slice j] @ B_RO in one launch.
+"""y_T,slice j ← mag_O ⊙ y_T,slice j + (gate(l)_T,expert(R) ⊙ scale_R ⊙ h_TR)[:, rows of slice j] @ B_RO + bias_O in one
+launch.
 
 T tokens · R rank rows of slice j · O outputs. Grid (tiles of tokens, blocks of O); blocks of all slices share it. A
-program owns its block of y for all rank rows: y is read once, added to in float32 and rounded once. A tile of a
-mixture computes its gate first, and reads no row of B whose gate is zero for all its tokens.
+program owns its block of y for all rank rows: y is read once, changed in float32 and rounded once. A tile of a
+mixture computes its gate first, and reads no row of B whose gate is zero for all its tokens. mag and bias are read
+where the table has them; nothing else of the kernel changes for them.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ def expand_kernel(
     row = table + slot.to(tl.int64) * table_stride
     part = row + HEAD + PART * tl.load(block)
     rank = tl.load(part + 1).to(tl.int32)
-    if rank == 0:
+    if (rank == 0) & (tl.load(part + PART - 2) == 0) & (tl.load(part + PART - 1) == 0):
         return
     first_o = tl.multiple_of(tl.load(block + 1), BO)
     size_o = tl.load(block + 2) * UNIT
@@ -96,7 +98,8 @@ def expand_kernel(
     mo = o < size_o
     out = y + t[:, None] * (y_units * UNIT) + (first_y + o)[None, :]
     mask = mt[:, None] & mo[None, :]
-    before = tl.load(out, mask=mask, other=0.0)
+    if UNIT > 1:
+        before = tl.load(out, mask=mask, other=0.0)
     first_r = tl.load(part)
     b = weights + tl.multiple_of(tl.load(part + 2), UNIT)
     scales = floats + tl.load(row + 1) + first_r
@@ -130,7 +133,18 @@ def expand_kernel(
                 scaled = _scaled(h_rows + first_r, plane, scales, r, mt, mr, SPLITS, BT, BR)
                 scaled *= tl.gather(g, tl.broadcast_to(expert[None, :], (BT, BR)), 1)
                 acc = _product(acc, scaled, w, UPCAST)
-    tl.store(out, (before.to(tl.float32) + acc).to(y.dtype.element_ty), mask=mask)
+    if UNIT == 1:
+        # Rows that begin anywhere need an address and a mask per element, which leave no registers to keep y in.
+        before = tl.load(out, mask=mask, other=0.0)
+    total = before.to(tl.float32)
+    mag_at = tl.load(part + PART - 2)
+    bias_at = tl.load(part + PART - 1)
+    if mag_at != 0:
+        total *= tl.load(floats + tl.multiple_of(mag_at - 1, UNIT) + o, mask=mo, other=0.0)[None, :]
+    total += acc
+    if bias_at != 0:
+        total += tl.load(floats + tl.multiple_of(bias_at - 1, UNIT) + o, mask=mo, other=0.0)[None, :]
+    tl.store(out, total.to(y.dtype.element_ty), mask=mask)
 
 
 @functools.cache
@@ -186,7 +200,7 @@ def arguments(site: Site, y: Tensor, h: Tensor) -> tuple[tuple[int, int], dict[s
 
 
 def expand(site: Site, y: Tensor, h: Tensor) -> None:
-    """Add to the rows of y whose tokens have an adapter at this site."""
+    """Change the rows of y whose tokens have an adapter at this site."""
     if y.shape[0]:
         grid, kwargs = arguments(site, y, h)
         expand_kernel[grid](**kwargs)
