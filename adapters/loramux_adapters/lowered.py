@@ -55,12 +55,13 @@ class LoweredSite:
         y_t = magnitude ⊙ (W0 x_t) + Σ_j scale[j] · g[expert[j]](x_t) · u[arow[j]] · b[j] + base bias + bias
 
     a          [R_a, d_in]   in the checkpoint's dtype
-    b          [R, d_out]    B transposed, so that one rank is one contiguous row of both
+    b          [R, d_out]    B transposed, so that one rank is one contiguous row of both; R may be 0 if the site has a
+                             magnitude or a bias
     scale      [R]           float32
     gate       which of the adapter's gates gives g; None: g = 1
     expert     [R] int32     whose rank it is; None: all are expert 0's
     arow       [R] int32     which row of a it reads (experts may share rows); None: its own, R_a = R
-    magnitude  [d_out], or [E', d_out]: one per expert, gated like the ranks (DoRA; b holds its share already)
+    magnitude  [d_out], or [E', d_out]: one per expert, gated like the ranks (DoRA; b holds its share already); positive
     bias       [d_out]
     carry      rank-space input from an earlier site
     variance   the posterior of which a, b and scale are the mean
@@ -85,6 +86,11 @@ class LoweredSite:
     def expanded_a(self) -> torch.Tensor:
         """a with one row per rank: [R, d_in]."""
         return self.a if self.arow is None else self.a[self.arow.long()]
+
+    def shifts(self, biased: bool) -> bool:
+        """Whether a constant is added to magnitude ⊙ (all that the base layer computes); `biased`: with a bias of its
+        own, which the magnitude must not change."""
+        return self.bias is not None or (biased and self.magnitude is not None)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The site's tensors by their short names in a native file; those that are None left out."""

@@ -35,7 +35,9 @@ def _obstacles(adapter: LoweredAdapter) -> Iterator[tuple[str, str]]:
         for field, reason in _gate_obstacles(gate):
             yield f"gates.{name}.{field}", reason
     for module, site in sorted(adapter.sites.items()):
-        for field in ("magnitude", "bias", "carry", "variance"):
+        if site.magnitude is not None and site.magnitude.ndim != 1:
+            yield f"sites.{module}.magnitude", "one for each expert is not run yet"
+        for field in ("carry", "variance"):
             if getattr(site, field) is not None:
                 yield f"sites.{module}.{field}", "is not run yet"
 

@@ -14,9 +14,10 @@ from loramux_adapters.variance import SHAPES, Variance, VarianceForm, VarianceKi
 
 def check_site(module: str, site: LoweredSite) -> None:
     """Shapes agree within the site, and the posterior's fields with its kind; no tensor's values are read."""
-    if site.a.ndim != 2 or site.b.ndim != 2 or 0 in (*site.a.shape, *site.b.shape):
-        name, factor = ("B", site.b) if site.a.ndim == 2 and 0 not in site.a.shape else ("A", site.a)
-        raise _mismatch(f"{module}.{name}", factor, "two axes, none of them empty")
+    if not _is_outputs_only(site):
+        for name, factor in (("A", site.a), ("B", site.b)):
+            if factor.ndim != 2 or 0 in factor.shape:
+                raise _mismatch(f"{module}.{name}", factor, "two axes, none of them empty")
     rank, d_out = site.b.shape
     expected: dict[str, tuple[int, ...]] = {"scale": (rank,), "expert": (rank,), "arow": (rank,), "bias": (d_out,)}
     if site.arow is None:
@@ -31,6 +32,16 @@ def check_site(module: str, site: LoweredSite) -> None:
         raise _invalid(f"{module}.expert", "names experts without a gate", "Name the gate, or leave expert out.")
     if site.variance is not None:
         _check_variance(module, site, site.variance)
+
+
+def _is_outputs_only(site: LoweredSite) -> bool:
+    """No rank at all, which a site with a magnitude or a bias may have; then it has nothing that ranks have."""
+    ranked = (site.gate, site.carry, site.variance, site.arow)
+    return (
+        (site.magnitude is not None or site.bias is not None)
+        and all(part is None for part in ranked)
+        and all(factor.ndim == 2 and factor.shape[0] == 0 and factor.shape[1] for factor in (site.a, site.b))
+    )
 
 
 def check_experts(module: str, site: LoweredSite, experts: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from loramux_adapters import BaseModel
+from loramux_adapters.base_weights import BaseWeights
 
 BASE = BaseModel(
     name="tiny",
@@ -67,3 +69,15 @@ def write_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(make_config() if config is None else config))
     save_file(dict(make_tensors() if tensors is None else tensors), folder / "adapter_model.safetensors")
     return folder
+
+
+def with_weights(
+    folder: Path, base: BaseModel = BASE, tensors: Mapping[str, torch.Tensor] | None = None, seed: int = 7
+) -> BaseModel:
+    """The base with random weights in `folder`, or with these."""
+    if tensors is None:
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {f"{m}.weight": torch.randn(w[::-1], generator=generator) for m, w in base.linears.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), folder / "model.safetensors")
+    return replace(base, weights=BaseWeights(folder))

@@ -49,8 +49,8 @@ def gate_values(gate: Gate, x: torch.Tensor) -> torch.Tensor:
 
 
 def site_delta(site: LoweredSite, gates: Any, x: torch.Tensor) -> torch.Tensor:
-    """What the site adds to W0 x: [tokens, d_out] for x [tokens, d_in]."""
-    assert site.magnitude is None and site.carry is None and site.variance is None
+    """What the site adds to magnitude ⊙ (W0 x): [tokens, d_out] for x [tokens, d_in]."""
+    assert site.carry is None and site.variance is None
     shrunk = x.double() @ site.a.double().T
     rows = torch.arange(site.rank) if site.arow is None else site.arow.long()
     weight = site.scale.double().expand(len(x), -1)
@@ -66,8 +66,11 @@ def logits(model: torch.nn.Module, adapter: LoweredAdapter, tokens: torch.Tensor
     model = deepcopy(model).double()
     for name, site in adapter.sites.items():
 
-        def add(_module: Any, args: Any, y: torch.Tensor, site: LoweredSite = site) -> torch.Tensor:
+        def add(module: Any, args: Any, y: torch.Tensor, site: LoweredSite = site) -> torch.Tensor:
             x = args[0]
+            if site.magnitude is not None:
+                own = module.bias if module.bias is not None else 0
+                y = site.magnitude.double() * (y - own) + own
             return y + site_delta(site, adapter.gates, x.flatten(0, -2)).view(y.shape)
 
         model.get_submodule(name).register_forward_hook(add)

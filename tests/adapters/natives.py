@@ -168,7 +168,7 @@ def adapters(draw: st.DrawFn, base: BaseModel = BASE) -> LoweredAdapter:
             sites[module] = make_site(module, gate="ffn", base=base)
         ffn["model.layers.0.mlp"] = FfnMixture("ffn", UP, DOWN)
     free = sorted(base.linears.keys() - sites.keys())
-    for module in draw(st.lists(st.sampled_from(free), min_size=1, max_size=4, unique=True)):
+    for module in draw(st.lists(st.sampled_from(free[1:]), min_size=1, max_size=4, unique=True)):
         d_in, d_out = base.linears[module]
         rank = draw(st.integers(1, 5))
         rows = draw(st.integers(1, rank))
@@ -185,7 +185,8 @@ def adapters(draw: st.DrawFn, base: BaseModel = BASE) -> LoweredAdapter:
             experts = named[name].experts
             values["gate"] = name
             values["expert"] = draw(st.none() | indices(experts, rank))
-        values["magnitude"] = draw(st.none() | tensors(d_out) | tensors(experts, d_out))
+        magnitude = draw(st.none() | tensors(d_out) | tensors(experts, d_out))
+        values["magnitude"] = None if magnitude is None else magnitude.abs().clamp(min=1e-3)
         values["bias"] = draw(st.none() | tensors(d_out))
         values["variance"] = draw(st.none() | variances(rows, rank, d_in, d_out))
         same_rows = [other for other, site in sites.items() if site.a.shape[0] == rows]
@@ -193,6 +194,11 @@ def adapters(draw: st.DrawFn, base: BaseModel = BASE) -> LoweredAdapter:
             values["carry"] = Carry(draw(st.sampled_from(same_rows)), CarryKind.PREV_U)
         a, b = draw(tensors(rows, d_in)), draw(tensors(rank, d_out))
         sites[module] = LoweredSite(a, b, torch.rand(rank) + 0.5, **values)
+    if free and draw(st.booleans()):
+        # A module that has no rank, but a bias.
+        d_in, d_out = base.linears[free[0]]
+        outputs = {"magnitude": torch.ones(d_out), "bias": draw(tensors(d_out))}
+        sites[free[0]] = LoweredSite(torch.empty(0, d_in), torch.empty(0, d_out), torch.empty(0), **outputs)
     words = st.text(st.characters(codec="ascii", min_codepoint=32, max_codepoint=126), max_size=20)
     warnings = draw(st.lists(words, max_size=2, unique=True))
     return LoweredAdapter("mola", sites, tuple(warnings), named, ffn)

@@ -110,7 +110,7 @@ def test_what_cannot_be_served_can_be_stored(tmp_path: Path) -> None:
     path = write_native(tmp_path / "x.safetensors", make_mixture(), "tiny")
     assert prepare(path, BASE, tmp_path / "cache").summary.experts == 3
     adapter = make_mixture()
-    dora = replace(adapter, sites={**adapter.sites, Q: make_site(magnitude=torch.ones(24), gate="q")})
+    dora = replace(adapter, sites={**adapter.sites, Q: make_site(magnitude=torch.ones(2, 24), gate="q")})
     path = write_native(tmp_path / "y.safetensors", dora, "tiny")
     assert same(lower(path, BASE), dora)
     with pytest.raises(AdapterError) as refusal:

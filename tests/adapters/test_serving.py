@@ -27,9 +27,11 @@ from loramux_adapters.gate import (
     PreMap,
     Select,
 )
-from loramux_adapters.lowered import CarryKind
+from loramux_adapters.lowered import CarryKind, LoweredSite
 from loramux_adapters.variance import VarianceKind
+from loramux_adapters.verify import verify
 
+from .checkpoints import BASE
 from .natives import DOWN, UP, Q, adapters, make_gate, make_mixture, make_site
 
 
@@ -79,8 +81,7 @@ def test_unserved_gates(gate: Any, field: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"magnitude": torch.ones(24)},
-        {"bias": torch.ones(24)},
+        {"magnitude": torch.ones(1, 24)},
         {"carry": Carry(UP, CarryKind.AHEAD_ROWS)},
         {"variance": Variance(VarianceKind.DROPOUT, rate=0.1)},
     ],
@@ -89,6 +90,16 @@ def test_unserved_sites(changes: dict[str, Any]) -> None:
     (name,) = changes
     adapter = LoweredAdapter("x", {Q: make_site(**changes), UP: make_site(UP)})
     assert [obstacle.partition(": ")[0] for obstacle in unserved(adapter)] == [f"sites.{Q}.{name}"]
+
+
+def test_outputs_are_served() -> None:
+    magnitude, bias = torch.full((24,), 2.0), torch.ones(24)
+    outputs = LoweredSite(torch.empty(0, 24), torch.empty(0, 24), torch.empty(0), magnitude=magnitude)
+    adapter = LoweredAdapter(
+        "x", {Q: make_site(magnitude=magnitude, bias=bias), "model.layers.1.self_attn.q_proj": outputs}
+    )
+    verify(adapter, BASE)
+    assert unserved(adapter) == []
 
 
 def test_unserved_blocks() -> None:

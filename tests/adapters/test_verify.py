@@ -16,7 +16,7 @@ from loramux_adapters.gate import (
     PreMap,
     Select,
 )
-from loramux_adapters.lowered import CarryKind
+from loramux_adapters.lowered import CarryKind, LoweredSite
 from loramux_adapters.variance import VarianceForm, VarianceKind
 from loramux_adapters.verify import verify
 
@@ -110,6 +110,9 @@ def with_site(**changes: Any) -> LoweredAdapter:
         ({"magnitude": torch.ones(23)}, SHAPE, f"{Q}.magnitude"),
         ({"magnitude": torch.ones(3, 24)}, SHAPE, f"{Q}.magnitude"),
         ({"magnitude": torch.ones(0, 24)}, SHAPE, f"{Q}.magnitude"),
+        ({"magnitude": torch.zeros(24)}, INVALID, f"{Q}.magnitude"),
+        ({"magnitude": -torch.ones(2, 24)}, INVALID, f"{Q}.magnitude"),
+        ({"magnitude": torch.full((24,), float("nan"))}, "adapter_not_finite", f"{Q}.magnitude"),
         ({"bias": torch.ones(1)}, SHAPE, f"{Q}.bias"),
         ({"bias": torch.full((24,), float("inf"))}, "adapter_not_finite", f"{Q}.bias"),
         ({"carry": Carry("nowhere", CarryKind.PREV_U)}, INVALID, f"sites.{Q}.carry.source"),
@@ -131,6 +134,26 @@ def with_site(**changes: Any) -> LoweredAdapter:
 )  # fmt: skip
 def test_sites(changes: dict[str, Any], code: str, field: str) -> None:
     assert refused(with_site(**changes)) == (code, field)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({}, "A"),
+        ({"bias": torch.ones(24), "gate": "q"}, "A"),
+        ({"bias": torch.ones(24), "arow": ints()}, "A"),
+        ({"bias": torch.ones(24), "scale": torch.ones(1)}, "scale"),
+        ({"bias": torch.ones(24), "a": torch.empty(0, 24, 1)}, "A"),
+        ({"bias": torch.ones(24), "a": torch.ones(1, 24)}, "B"),
+    ],
+)
+def test_a_site_without_rank(changes: dict[str, Any], field: str) -> None:
+    """It has a magnitude or a bias, and nothing of what ranks have."""
+    site = LoweredSite(torch.empty(0, 24), torch.empty(0, 24), torch.empty(0))
+    verify(LoweredAdapter("x", {Q: replace(site, bias=torch.ones(24)), UP: make_site(UP)}), BASE)
+    gates = {"q": make_gate()} if "gate" in changes else {}
+    adapter = LoweredAdapter("x", {Q: replace(site, **changes), UP: make_site(UP)}, gates=gates)
+    assert refused(adapter) == (SHAPE, f"{Q}.{field}")
 
 
 def test_carries_in_a_circle() -> None:

@@ -184,10 +184,36 @@ attack("adapter_wrong_base", "lora_bias: bias of another width")(
 attack("adapter_not_finite", "lora_bias: NaN in the bias")(
     _changed("lora_bias", tensors={BIAS: torch.full((WIDTH,), NAN)})
 )
-attack(UNSUPPORTED, "lora_bias: sound, but not served")(_changed("lora_bias"))
+attack("adapter_unknown_tensor", "lora_bias: bias in place of none")(
+    _changed("lora_bias", bias="lora_only", tensors={f"{PREFIX}.base_layer.bias": torch.ones(WIDTH)})
+)
+attack(UNSUPPORTED, "lora_bias: bias of a norm")(
+    _changed("lora_bias", bias="all", tensors={"base_model.model.model.norm.bias": torch.ones(WIDTH)})
+)
+attack(INVALID, "lora_bias: bias of no kind")(_changed("lora_bias", bias={"all": "of them"}))
 
 
 @attack("adapter_config_invalid", "lora_bias: no flag")
 def bias_of_nothing(folder: Path) -> None:
     path = write_sound(folder, "lora_bias") / CONFIG
     path.write_text(path.read_text().replace('"lora_bias": true', '"lora_bias": "false"'))
+
+
+# DoRA. The base of these tests has no weights.
+
+LENGTHS = f"{PREFIX}.lora_magnitude_vector"
+
+
+def _dora(lengths: torch.Tensor | None, **config: Any) -> Builder:
+    tensors: dict[str, torch.Tensor | None] = {BIAS: None, LENGTHS: lengths}
+    return _changed("lora_bias", tensors=tensors, lora_bias=False, **{"use_dora": True, **config})
+
+
+attack("adapter_missing_tensor", "dora: no magnitude")(_dora(None))
+attack("adapter_wrong_base", "dora: magnitude of another width")(_dora(torch.ones(WIDTH + 1)))
+attack(INVALID, "dora: magnitude of zero")(_dora(torch.zeros(WIDTH)))
+attack(INVALID, "dora: negative magnitude")(_dora(torch.full((WIDTH,), -1.0)))
+attack("adapter_not_finite", "dora: NaN for a magnitude")(_dora(torch.full((WIDTH,), NAN)))
+attack(INVALID, "dora: no flag")(_dora(torch.ones(WIDTH), use_dora="false"))
+attack(UNSUPPORTED, "dora: base without weights")(_dora(torch.ones(WIDTH)))
+attack(UNSUPPORTED, "dora: magnitude without the flag")(_dora(torch.ones(WIDTH), use_dora=False))

@@ -10,6 +10,7 @@ from loramux_adapters.files import AdapterFolder
 from loramux_adapters.lowered import LoweredAdapter
 from loramux_adapters.methods.adalora import AdaLora
 from loramux_adapters.methods.chain import Chain
+from loramux_adapters.methods.dora import Dora
 from loramux_adapters.methods.dora_dynamic import DoraDynamic
 from loramux_adapters.methods.hydralora import HydraLora
 from loramux_adapters.methods.lora import Lora
@@ -57,6 +58,7 @@ METHODS: Sequence[Method[Any]] = (
     Lora(),
     AdaLora(),
     Chain(),
+    Dora(),
     DoraDynamic(),
     HydraLora(),
     LoraBias(),

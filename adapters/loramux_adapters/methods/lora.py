@@ -8,6 +8,7 @@ differ per module. Lowered: a = A, b = Bᵀ, scale = s in every rank.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -50,12 +51,7 @@ class Lora:
     abilities = Abilities(read="a PEFT folder with peft_type LORA")
 
     def detect(self, folder: AdapterFolder) -> bool:
-        config = peft_config(folder)
-        # Forks of PEFT keep its type for their mixtures of experts; these fields tell them apart. PEFT's own variants
-        # that are methods here have theirs too.
-        others = ("lora_nums", "number_experts", "lora_bias")
-        other = isinstance(config.get("r"), list) or any(config.get(name) for name in others)
-        return config.get("peft_type") == "LORA" and not other
+        return variant(folder) is Variant.PLAIN
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> LoraCheckpoint:
         config = parse_config(folder.read_json(CONFIG_FILE))
@@ -85,6 +81,28 @@ class Lora:
 
     def verify(self, adapter: LoweredAdapter, base: BaseModel) -> None:
         verify(adapter, base)
+
+
+class Variant(Enum):
+    """The methods that PEFT's peft_type LORA stands for."""
+
+    PLAIN = auto()
+    DORA = auto()
+    BIAS = auto()
+
+
+def variant(folder: AdapterFolder) -> Variant | None:
+    """Which of PEFT's LoRAs the folder holds; None if it is something else."""
+    config = peft_config(folder)
+    # Forks of PEFT keep its type for their mixtures of experts; these fields tell them apart.
+    fork = isinstance(config.get("r"), list) or config.get("lora_nums") or config.get("number_experts")
+    if config.get("peft_type") != "LORA" or fork:
+        return None
+    if config.get("use_dora"):
+        return Variant.DORA
+    return (
+        Variant.BIAS if config.get("lora_bias") or config.get("bias", "none") not in ("none", None) else Variant.PLAIN
+    )
 
 
 def peft_config(folder: AdapterFolder) -> dict[str, Any]:

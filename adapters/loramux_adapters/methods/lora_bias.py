@@ -1,33 +1,39 @@
-"""LoRA with a bias on B, PEFT's `lora_bias` (LoRA: arXiv 2106.09685).
+"""LoRA with biases: on B, PEFT's `lora_bias`, or trained in place of the base's own, its `bias: "lora_only"` or "all"
+(LoRA: arXiv 2106.09685).
 
-    y_t = W0 x_t + s · (B · A · x_t + β)        s = α/r, or α/√r with `use_rslora`
+    y_t = W0 x_t + s · (B · A · x_t + β) + b        s = α/r, or α/√r with `use_rslora`
 
-A [r, d_in], B [d_out, r], β [d_out]: `lora_B.bias` beside PEFT's other names. β is scaled like the rest, so it lowers
-to bias = s·β in float32 beside the plain a, b and scale. Whether the base's layer has a bias itself does not matter.
+A [r, d_in], B [d_out, r]; β [d_out] with `lora_bias`, else 0: `lora_B.bias` beside PEFT's other names. b is the base's
+own bias b0, or what was trained in its place: `base_layer.bias`, before PEFT had base layers `bias`. Lowered: a, b and
+scale are the plain ones, bias = s·β + (b − b0) in float32. b0 is read from the base's files, and only where a b is
+there. With "all" PEFT trains every bias of the model: those outside of the adapted layers are refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from loramux_adapters.abilities import Abilities
 from loramux_adapters.base_model import BaseModel
-from loramux_adapters.errors import AdapterConfigInvalid, shown
+from loramux_adapters.errors import AdapterConfigInvalid, AdapterUnknownTensor, shown
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.fold import scales
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
-from loramux_adapters.methods.lora import CONFIG_FILE, peft_config
+from loramux_adapters.methods.lora import CONFIG_FILE, Variant, variant
 from loramux_adapters.peft import checks, experts
 from loramux_adapters.peft.config import LoraConfig
-from loramux_adapters.peft.sites import Part, Sites, read_sites
+from loramux_adapters.peft.sites import Part, Sites, plain_name, read_sites
 from loramux_adapters.peft.targets import Targets
 from loramux_adapters.peft.tensors import PREFIX
 from loramux_adapters.verify import verify
 
-_LAYOUT = {
+_TRAINED = PREFIX + "{module}.base_layer.bias"
+_FACTORS = {
     "a": Part(PREFIX + "{module}.lora_A.weight", "RI"),
     "b": Part(PREFIX + "{module}.lora_B.weight", "OR"),
-    "bias": Part(PREFIX + "{module}.lora_B.bias", "O"),
 }
+_BETA = {"beta": Part(PREFIX + "{module}.lora_B.bias", "O")}
+_BIAS = {"bias": Part(_TRAINED, "O", optional=True)}
 
 
 @dataclass(frozen=True)
@@ -38,43 +44,85 @@ class LoraBiasCheckpoint:
 
 
 class LoraBias:
-    """PEFT's LORA with `lora_bias`."""
+    """PEFT's LORA with `lora_bias`, with trained biases, or with both."""
 
     name = "lora_bias"
-    abilities = Abilities(read="a PEFT folder with peft_type LORA and lora_bias", serve="not yet: the output bias")
+    abilities = Abilities(read="a PEFT folder with peft_type LORA and lora_bias, or bias lora_only or all")
 
     def detect(self, folder: AdapterFolder) -> bool:
-        raw = peft_config(folder)
-        return raw.get("peft_type") == "LORA" and bool(raw.get("lora_bias"))
+        return variant(folder) is Variant.BIAS
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> LoraBiasCheckpoint:
         raw = folder.read_json(CONFIG_FILE)
-        if raw["lora_bias"] is not True:
-            raise AdapterConfigInvalid(
-                f"adapter_config.json: lora_bias must be true or false, not {shown(raw['lora_bias'])}.",
-                hint="Correct the field as it was in training.",
-                field="lora_bias",
-            )
-        # PEFT refuses the two together.
-        config = experts.parse_shared_fields(raw, {"lora_bias"}, raw.get("r", 0), absent=("use_dora",))
+        layout = _FACTORS | (_BETA if _has_beta(raw) else {}) | (_BIAS if _has_trained(raw) else {})
+        config = experts.parse_shared_fields(raw, {"lora_bias", "bias"}, raw.get("r", 0), absent=())
         targets = Targets(config)
-        modules = targets.select(base.linears)
-        ranks = {module: targets.rank(module) for module in modules}
-        alphas = {module: targets.alpha(module) for module in modules}
+        ranks, alphas = targets.resolve(base.linears)
         sites = read_sites(
-            folder, base, config, _LAYOUT, lambda module, _: {"R": ranks[module]}, count=1, targets=targets
+            folder,
+            base,
+            config,
+            layout,
+            lambda module, _: {"R": ranks[module]},
+            count=1,
+            targets=targets,
+            normalise=_normaliser(ranks),
         )
+        for module, part in sites.modules.items():
+            if "bias" in part and module not in base.biased:
+                raise _no_bias(_TRAINED.format(module=module), module)
         return LoraBiasCheckpoint(config, sites, alphas)
 
     def lower(self, checkpoint: LoraBiasCheckpoint, base: BaseModel) -> LoweredAdapter:
         sites = {}
         for module, part in checkpoint.sites.modules.items():
-            (a,), (b,), (bias,) = part["a"], part["b"], part["bias"]
+            (a,), (b,) = part["a"], part["b"]
             alpha = checkpoint.alphas[module]
             factor = checkpoint.config.scale(len(a), alpha)
             scale = checks.rank_scale(module, len(a), alpha, factor)
-            sites[module] = LoweredSite(a, b.T.contiguous(), scale, bias=scales(module, bias, alpha, factor))
+            bias = scales(module, part["beta"][0], alpha, factor) if "beta" in part else None
+            if "bias" in part and (own := base.bias(module)) is not None:
+                change = part["bias"][0].double() - own.double()
+                bias = (change if bias is None else change + bias).float()
+            sites[module] = LoweredSite(a, b.T.contiguous(), scale, bias=bias)
         return LoweredAdapter(self.name, sites, checkpoint.sites.warnings)
 
     def verify(self, adapter: LoweredAdapter, base: BaseModel) -> None:
         verify(adapter, base)
+
+
+def _has_beta(raw: Mapping[str, Any]) -> bool:
+    if raw.get("lora_bias"):
+        experts.check_flag(raw, "lora_bias")
+    return bool(raw.get("lora_bias"))
+
+
+def _has_trained(raw: Mapping[str, Any]) -> bool:
+    value = raw.get("bias", "none")
+    if value in ("none", None):
+        return False
+    if value in ("lora_only", "all"):
+        return True
+    raise AdapterConfigInvalid(
+        f'adapter_config.json: bias must be "none", "lora_only" or "all", not {shown(value)}.',
+        hint="Correct the field as it was in training.",
+        field="bias",
+    )
+
+
+def _normaliser(adapted: Container[str]) -> Callable[[str], str]:
+    def normalise(name: str) -> str:
+        """PEFT's spelling, and the bias of an adapted layer like one of a layer that is wrapped."""
+        plain = plain_name(name)
+        own = plain.endswith(".bias") and plain.removeprefix(PREFIX).removesuffix(".bias") in adapted
+        return f"{plain.removesuffix('.bias')}.base_layer.bias" if own else plain
+
+    return normalise
+
+
+def _no_bias(name: str, module: str) -> AdapterUnknownTensor:
+    return AdapterUnknownTensor(
+        f"Tensor {shown(name)} is there, but {shown(module)} of the base has no bias that it could replace.",
+        hint="Serve the adapter on the base model that it was trained on.",
+        field=name,
+    )

@@ -63,7 +63,7 @@ _REFUSED = {
     "target_parameters": f"LoRA on bare parameters (fused expert weights) is not served yet. {_RETRAIN}",
     "trainable_token_indices": f"Trained token embeddings cannot be shared by other adapters. {_MERGE}",
     "use_bdlora": "Block-diagonal LoRA is not served yet. Save it with dense factors and use_bdlora=null.",
-    "use_dora": "DoRA (weight-decomposed LoRA) is not served yet. " + _MERGE,
+    "use_dora": f"DoRA is known for plain LoRA only, without lora_bias. {_RETRAIN}",
     "use_qalora": f"QALoRA pools the inputs of a quantised base, which is not served. {_RETRAIN}",
     "velora_config": "VeLoRA stores training state with the weights. Remove it, and its `lora_velora` tensors.",
 }
@@ -78,7 +78,7 @@ def parse_config(raw: Mapping[str, Any]) -> LoraConfig:
     """Check every key of the config. Raises AdapterConfigInvalid or AdapterUnsupportedFeature naming the field."""
     refuse_unknown(raw, _USED | _HARMLESS)
     if raw.get("bias", "none") not in ("none", None):
-        raise _unsupported("bias", raw["bias"], f"Trained biases cannot be shared by other adapters. {_MERGE}")
+        raise _unsupported("bias", raw["bias"], f"Trained biases are known for plain LoRA only. {_MERGE}")
     _check_init(raw.get("init_lora_weights", True))
     target, layers, pattern = _target(raw), _layers(raw), _names(raw, "layers_pattern")
     if isinstance(target, str) and layers:

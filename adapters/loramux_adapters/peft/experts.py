@@ -167,6 +167,16 @@ def refuse_absent(raw: Mapping[str, Any], fields: Collection[str]) -> None:
             )
 
 
+def check_flag(raw: Mapping[str, Any], name: str) -> None:
+    """A field that selects the method is true, not just something."""
+    if raw[name] is not True:
+        raise AdapterConfigInvalid(
+            f"adapter_config.json: {name} must be true or false, not {shown(raw[name])}.",
+            hint="Correct the field as it was in training.",
+            field=name,
+        )
+
+
 def count(raw: Mapping[str, Any], name: str, hint: str) -> int:
     """A positive integer of the config."""
     return _natural(raw.get(name), raw, name, hint)

@@ -39,6 +39,11 @@ class Targets:
     def alpha(self, module: str) -> float:
         return self._lookup("alpha_pattern", self._config.alpha_pattern, module, self._config.lora_alpha)
 
+    def resolve(self, modules: Iterable[str]) -> tuple[dict[str, int], dict[str, float]]:
+        """Rank and alpha of each of the modules that the config targets."""
+        selected = self.select(modules)
+        return {module: self.rank(module) for module in selected}, {module: self.alpha(module) for module in selected}
+
     def unused_patterns(self) -> list[tuple[str, str]]:
         """(field, key) of the patterns that no rank() or alpha() call has matched so far."""
         keys = [("rank_pattern", key) for key in self._config.rank_pattern]

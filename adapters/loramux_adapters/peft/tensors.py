@@ -24,9 +24,12 @@ PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 
 _MERGE = "Merge the adapter into its base model and serve the result as a base model."
+_BIAS = (
+    f'If it belongs to an adapted layer, the config must say so: lora_bias, or bias "lora_only". Otherwise: {_MERGE}'
+)
 # Tensors of features that are refused: what marks them -> (what it is, what to do).
 _REFUSED = {
-    ".lora_magnitude_vector": ("the magnitude of a DoRA adapter", _MERGE),
+    ".lora_magnitude_vector": ("the magnitude of a DoRA adapter", "Its config must say so: use_dora."),
     ".lora_embedding_A": ("a LoRA on an embedding table", _MERGE),
     ".lora_embedding_B": ("a LoRA on an embedding table", _MERGE),
     ".trainable_tokens_delta": ("trained token embeddings", _MERGE),
@@ -89,7 +92,7 @@ def refuse_tensor(name: str) -> AdapterError:
         if mark in name:
             return AdapterUnsupportedFeature(f"Tensor {shown(name)} is {what}.", hint=hint, field=name)
     if name.endswith(".bias"):
-        return AdapterUnsupportedFeature(f"Tensor {shown(name)} is a trained bias.", hint=_MERGE, field=name)
+        return AdapterUnsupportedFeature(f"Tensor {shown(name)} is a trained bias.", hint=_BIAS, field=name)
     if name.endswith(".weight") and "lora_" not in name:
         return AdapterUnsupportedFeature(
             f"Tensor {shown(name)} is a whole weight of the model, not a LoRA factor.",

@@ -27,6 +27,8 @@ def report(adapter: LoweredAdapter, *, made_for: str | None, checked_on: str | N
         "dtype": adapter.dtype,
         "gates": describe(adapter)["gates"],
         "experts_by_gate": {name: gate.experts for name, gate in adapter.gates.items()},
+        "magnitudes": sum(site.magnitude is not None for site in adapter.sites.values()),
+        "biases": sum(site.bias is not None for site in adapter.sites.values()),
         "bayesian": adapter.bayesian,
         "servable": not obstacles,
         "unserved": obstacles,
@@ -49,6 +51,7 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         ("ranks", ", ".join(_ranks(found["ranks"]))),
         ("size", f"{format_bytes(found['bytes'])}, {found['dtype']}"),
         *(("gates", gate) for gate in _gates(found["gates"], found["experts_by_gate"])),
+        *_outputs(found["magnitudes"], found["biases"]),
         ("posterior", "yes" if found["bayesian"] else "no"),
         ("digest", found["digest"][:16]),
         ("servable", "yes" if found["servable"] else f"no: {found['unserved'][0]}"),
@@ -59,6 +62,12 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         rows.append(("", f"    and {more} more"))
     for name, value in rows:
         yield f"{name:<10}{value}"
+
+
+def _outputs(magnitudes: int, biases: int) -> Iterator[tuple[str, str]]:
+    """What the adapter does beside its ranks, if anything: at how many sites it scales W0 x, and adds a bias."""
+    if magnitudes or biases:
+        yield "outputs", f"scaled at {magnitudes} sites, shifted at {biases}"
 
 
 def refusal_lines(error: AdapterError) -> Iterator[str]:

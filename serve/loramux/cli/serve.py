@@ -55,6 +55,8 @@ def run(config: ServeConfig) -> int:
     probe.check_installed()
 
     base = read_layers(model, served_name)
+    if args.quantization:  # then what is served are other numbers than the files'
+        base = replace(base, weights=None)
     cache = cache_dir() / "artefacts"
     read = functools.partial(prepare, base=base, cache=cache)
     store = open_store(config, base, args.port, cache)

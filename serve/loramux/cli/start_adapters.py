@@ -79,27 +79,28 @@ def check(adapters: Mapping[str, Given], prepare: Prepare, store: Store, *, all_
 
 
 def pool_bytes(artefact: Artefact, base: BaseModel, item_bytes: int, *, exact: bool) -> int:
-    """Bytes of an adapter's weights in the pool, routers included, up to alignment.
+    """Bytes of an adapter in the pool, routers, magnitudes and biases included, up to alignment.
 
     Not `exact`: from the summary alone, up to a few per cent, for adapters by the thousand.
     """
     if exact:
         try:
-            return _weights(artefact, base) * item_bytes
+            return _exact_bytes(artefact, base, item_bytes)
         except AdapterError:  # damaged since it was written: it will be read from its source again
             pass
     stored = 2 if artefact.summary.dtype in ("bfloat16", "float16") else 4
     return artefact.summary.nbytes * item_bytes // stored
 
 
-def _weights(artefact: Artefact, base: BaseModel) -> int:
+def _exact_bytes(artefact: Artefact, base: BaseModel, item_bytes: int) -> int:
     adapter = open_artefact(artefact.path)
-    weights = 0
+    weights = words = 0
     for module, site in adapter.sites.items():
         d_in, d_out = base.linears[module]
         experts = adapter.gates[site.gate].experts if site.gate is not None else 0
         weights += site.rank * (d_in + d_out) + experts * d_in
-    return weights
+        words += d_out * ((site.magnitude is not None) + site.shifts(module in base.biased))
+    return weights * item_bytes + 4 * words
 
 
 def open_store(config: ServeConfig, base: BaseModel, port: int, cache: Path) -> Store:
@@ -112,5 +113,7 @@ def open_store(config: ServeConfig, base: BaseModel, port: int, cache: Path) -> 
 
 def _fingerprint(base: BaseModel) -> str:
     """Changes when what was checked against the base would have to be checked again."""
-    text = json.dumps([VERSION, sorted(base.linears.items()), sorted(base.head), sorted(base.embeddings)])
+    weights = base.weights.identity() if base.weights is not None else ""
+    layers = [sorted(base.linears.items()), sorted(base.biased), sorted(base.head), sorted(base.embeddings)]
+    text = json.dumps([VERSION, *layers, weights])
     return hashlib.sha256(text.encode()).hexdigest()

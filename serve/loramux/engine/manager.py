@@ -16,10 +16,10 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
-from loramux.engine.placement import PoolArrays, pool_arrays, token_gates
+from loramux.engine.placement import BaseBiases, PoolArrays, pool_arrays, reservation
 from loramux.engine.routing import RoutingMonitor
 from loramux.engine.settings import DataPlaneSettings
-from loramux.engine.wrappers import find_sites, wrap
+from loramux.engine.wrappers import base_biases, find_sites, wrap
 from loramux_adapters import LoweredAdapter, open_artefact
 from loramux_kernels import AdapterPool, KernelError, PoolFull
 
@@ -52,12 +52,14 @@ class AdapterManager:
         self._slots: dict[int, int] = {}  # version id -> slot
         self._loads: dict[int, _Load] = {}
         self._in_dummy_run = False
+        self._base_biases: BaseBiases = {}
         self.missing: set[str] = set()
         self.pool: AdapterPool
         self.routing: RoutingMonitor
 
     def install(self, model: nn.Module) -> nn.Module:
-        """Build the pool for `model` and wrap its linears. Called once, before memory is profiled."""
+        """Build the pool for `model`, whose weights are loaded, and wrap its linears. Called once, before memory is
+        profiled."""
         scheduler = self._config.scheduler_config
         specs = find_sites(model)
         self.pool = AdapterPool(
@@ -71,6 +73,7 @@ class AdapterManager:
             device=self._device,
         )
         self.routing = RoutingMonitor(self.pool)
+        self._base_biases = base_biases(model, specs)
         wrap(model, specs, self.pool.site_ids, [self.pool.h_width(i) for i in range(len(specs))])
         self.pool.warmup()
         logger.info("loramux: %d sites, %.0f MiB of adapter memory", len(specs), self.pool.capacity_bytes / 2**20)
@@ -152,7 +155,7 @@ class AdapterManager:
         if load.adapter.gates:
             self.routing.add_mixture(load.slot, version_id)
         del self._loads[version_id]
-        return {"state": "resident", "bytes": self.pool.bytes_for(load.adapter.ranks, token_gates(load.adapter))}
+        return {"state": "resident", "bytes": self.pool.bytes_for(**reservation(load.adapter, self._base_biases))}
 
     def remove(self, version_id: int) -> bool:
         """Free a version's memory. Rows that still name it are served by nobody (see `missing`)."""
@@ -179,7 +182,7 @@ class AdapterManager:
             adapter = open_artefact(artefact)
             pin = self._device.type == "cuda"
             load.todo = [
-                (module, pool_arrays(site, dict(adapter.gates), self.pool.dtype, pin))
+                (module, pool_arrays(site, adapter.gates, self._base_biases.get(module), self.pool.dtype, pin))
                 for module, site in adapter.sites.items()
             ]
             load.adapter = adapter
@@ -190,12 +193,10 @@ class AdapterManager:
     def _copy(self, load: _Load, piece_bytes: int) -> None:
         assert load.adapter is not None
         if load.slot is None:
-            load.slot = self.pool.reserve(load.adapter.ranks, token_gates(load.adapter))
+            load.slot = self.pool.reserve(**reservation(load.adapter, self._base_biases))
         while load.todo and piece_bytes > 0:
             module, arrays = load.todo.pop()
-            piece_bytes -= self.pool.write(
-                load.slot, module, arrays.a, arrays.b, arrays.scale, router=arrays.router, expert=arrays.expert
-            )
+            piece_bytes -= self.pool.write(load.slot, module, **vars(arrays))
 
     def _abandon(self, version_id: int, load: _Load) -> None:
         del self._loads[version_id]

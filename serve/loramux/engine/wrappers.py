@@ -29,7 +29,7 @@ ADAPTABLE = (
 
 
 class AdaptedLinear(BaseLayerWithLoRA):
-    """y = W0 x + b, then y += B (scale ⊙ A x) for the tokens of each adapter.
+    """y = W0 x + b, then y ← mag ⊙ y + B (scale ⊙ A x) + bias for the tokens of each adapter.
 
     The base layer runs as it is, whatever its quantisation; shrink is issued first, so that it may overlap. Tensor
     parallel size 1 only: a row-parallel layer would have to add before its all-reduce.
@@ -79,6 +79,21 @@ def find_sites(model: nn.Module) -> list[SiteSpec]:
             parts, d_outs = (name,), (sum(d_outs),)
         sites.append(SiteSpec(name=name, modules=parts, d_in=module.input_size, d_outs=d_outs))
     return sites
+
+
+def base_biases(model: nn.Module, specs: list[SiteSpec]) -> dict[str, torch.Tensor]:
+    """Module -> the bias in its layer's output, [d_out] float32 on the host, where there is one.
+
+    A layer with `skip_bias_add` hands its bias to the model, which adds it later: there is none in its output.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for spec in specs:
+        layer = model.get_submodule(spec.name)
+        bias = getattr(layer, "bias", None)
+        if isinstance(bias, torch.Tensor) and not getattr(layer, "skip_bias_add", False):
+            parts = torch.split(bias.detach().float().cpu(), list(spec.d_outs))
+            found |= dict(zip(spec.modules, parts, strict=True))
+    return found
 
 
 def wrap(model: nn.Module, specs: list[SiteSpec], site_ids: list[torch.Tensor], widths: list[int]) -> None:

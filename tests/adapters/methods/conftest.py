@@ -1,5 +1,6 @@
 """Tiny random base models, and the PEFT library as the reference that our lowering is compared with."""
 
+import tempfile
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
@@ -10,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from loramux_adapters import BaseModel, LoweredAdapter
 
@@ -26,6 +27,14 @@ CONFIGS = {
         vocab_size=61,
     ),
     "gpt2": GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=61, n_positions=32),
+    "qwen2": Qwen2Config(
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        vocab_size=61,
+    ),
 }
 
 
@@ -35,7 +44,12 @@ class Reference:
     def __init__(self, kind: str) -> None:
         torch.manual_seed(0)
         self.model = AutoModelForCausalLM.from_config(CONFIGS[kind]).eval()
-        self.base = BaseModel.from_pretrained(CONFIGS[kind], name=f"tiny-{kind}")
+        self.folder = tempfile.TemporaryDirectory()
+        for name, parameter in self.model.named_parameters():
+            if name.endswith(".bias"):  # zero at first, which would hide what happens to it
+                torch.nn.init.normal_(parameter, std=0.1)
+        self.model.save_pretrained(self.folder.name)
+        self.base = BaseModel.from_pretrained(self.folder.name, name=f"tiny-{kind}")
         self.tokens = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
@@ -43,11 +57,16 @@ class Reference:
         return self.save_config(folder, LoraConfig(**options), dtype)
 
     def save_config(self, folder: Path, config: PeftConfig, dtype: torch.dtype = torch.float32) -> Path:
-        """The same for any adapter whose parameters are called lora_… or vera_lambda_…"""
+        """The same for any adapter whose parameters are called lora_… or vera_lambda_…; magnitudes are moved from
+        where they begin, and so are biases that are trained."""
         torch.manual_seed(2)
         adapted = get_peft_model(deepcopy(self.model), config, autocast_adapter_dtype=False)
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name or "vera_lambda_" in name:
+            if "lora_magnitude" in name:
+                parameter.data = (parameter.data * (0.5 + torch.rand(parameter.shape))).to(dtype)
+            elif name.endswith(".bias") and parameter.requires_grad and "lora_" not in name:
+                parameter.data += 0.2 * torch.randn(parameter.shape)
+            elif "lora_" in name or "vera_lambda_" in name:
                 parameter.data = torch.randn(parameter.shape).mul_(0.3).to(dtype)
         adapted.save_pretrained(folder)
         return folder

@@ -180,7 +180,7 @@ def test_the_links_are_measured_together(tmp_path):
         ({"adapters": [".."]}, "adapter_unsafe_file", ".."),
         ({"adapters": ["."]}, "adapter_unsafe_file", "."),
         ({"adapters": ["/etc"]}, "adapter_unsafe_file", "/etc"),
-        ({"adapters": ["dora"]}, "adapter_unsupported_feature", "use_dora"),
+        ({"adapters": ["dora"]}, "adapter_unsupported_feature", "dora"),
         ({"adapters": ["mixture"]}, "adapter_unsupported_feature", "mixture"),
         ({"weights": [1]}, "adapter_config_invalid", "weights"),
         ({"weights": [1, "2"]}, "adapter_config_invalid", "weights"),

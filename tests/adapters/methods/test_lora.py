@@ -116,9 +116,6 @@ def test_only_a_converted_pissa_adapter_is_served(reference, tmp_path):
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "bias"),
-        ({"bias": "lora_only"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),

@@ -1,14 +1,16 @@
-"""LoRA with a bias on B: lowered, it gives PEFT's logits; serving it is refused for as long as no bias is added there.
+"""LoRA with a bias on B, with trained biases of the base's layers, and with both: lowered, it gives PEFT's logits.
 
-PEFT writes the files of the first test; those of the others repeat its names, `<module>.lora_B.bias` among them.
+PEFT writes the files of the first tests; those of the others repeat its names, `<module>.lora_B.bias` among them.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramux_adapters import AdapterError, check_servable, lower, unserved
+from loramux_adapters import AdapterError, lower, unserved
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.methods import METHODS
 from loramux_adapters.native import write_native
@@ -45,12 +47,31 @@ def test_logits_are_those_of_peft(options, kind, reference, tmp_path):
     assert not any("pattern" in warning for warning in adapter.warnings)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("lora_bias", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "bias", "targets"),
+    [
+        ("qwen2", "lora_only", ["q_proj", "o_proj"]),
+        ("qwen2", "all", ["q_proj", "k_proj", "v_proj"]),
+        ("gpt2", "lora_only", ["c_attn", "mlp.c_proj"]),
+    ],
+)
+def test_logits_with_trained_biases_are_those_of_peft(kind, bias, targets, lora_bias, reference, tmp_path):
+    tiny = reference(kind)
+    folder = tiny.save(tmp_path, bias=bias, lora_bias=lora_bias, target_modules=targets)
+    adapter = lower(folder, tiny.base)
+    assert adapter.method == "lora_bias" and not unserved(adapter)
+    tiny.assert_same(adapter, tiny.library_logits(folder))
+
+
 MODULES = [module for module in BASE.linears if module.endswith(("q_proj", "down_proj"))]
 SITE = f"base_model.model.{MODULES[0]}"
+BIAS = f"{SITE}.lora_B.bias"
 
 
 def make_config(**changes):
-    return checkpoints.make_config(lora_bias=True, **changes)
+    return checkpoints.make_config(**{"lora_bias": True} | changes)
 
 
 def make_tensors(ranks=None, dtype=torch.float32, seed=0):
@@ -91,20 +112,45 @@ def test_it_is_kept_in_the_native_format(tmp_path):
         assert torch.equal(site.bias, again.sites[module].bias)
 
 
-def test_serving_it_is_refused_by_the_name_of_the_bias(tmp_path):
-    adapter = lower(write_adapter(tmp_path, make_config(), make_tensors()), BASE)
-    assert len(unserved(adapter)) == len(MODULES)
+def biased(folder):
+    """The base with a bias at every layer, and its numbers."""
+    weights = {f"{m}.bias": torch.randn(d_out) for m, (_, d_out) in BASE.linears.items()}
+    return replace(checkpoints.with_weights(folder, tensors=weights), biased=frozenset(BASE.linears)), weights
+
+
+@pytest.mark.parametrize("name", ["base_layer.bias", "bias"])
+@pytest.mark.parametrize("beta", [True, False])
+def test_a_trained_bias_replaces_the_bases_own(tmp_path, name, beta):
+    """Under the name that PEFT gives it today, and under the one from before it had base layers."""
+    base, weights = biased(tmp_path / "base")
+    tensors = {k: v for k, v in make_tensors().items() if beta or not k.endswith("B.bias")}
+    trained = torch.randn(24)
+    tensors[f"{SITE}.{name}"] = trained
+    config = make_config(bias="lora_only", lora_bias=beta)
+    adapter = lower(write_adapter(tmp_path / "adapter", config, tensors), base)
+    change = trained - weights[f"{MODULES[0]}.bias"]
+    if beta:
+        change += 2 * tensors[BIAS]
+    torch.testing.assert_close(adapter.sites[MODULES[0]].bias, change)
+    other = adapter.sites[MODULES[1]].bias
+    assert other is None if not beta else torch.equal(other, 2 * tensors[f"base_model.model.{MODULES[1]}.lora_B.bias"])
+
+
+@pytest.mark.parametrize("name", [f"{SITE}.base_layer.bias", f"{SITE}.bias"])
+def test_a_bias_where_the_base_has_none_or_none_that_can_be_read(tmp_path, name):
+    tensors, config = make_tensors() | {name: torch.ones(24)}, make_config(bias="all")
+    path = write_adapter(tmp_path / "adapter", config, tensors)
     with pytest.raises(AdapterError) as refusal:
-        check_servable(adapter)
-    assert (refusal.value.code, refusal.value.field) == ("adapter_unsupported_feature", f"sites.{min(MODULES)}.bias")
+        lower(path, BASE)
+    assert (refusal.value.code, refusal.value.field) == ("adapter_unknown_tensor", f"{SITE}.base_layer.bias")
+    with pytest.raises(AdapterError) as refusal:
+        lower(path, replace(BASE, biased=frozenset(BASE.linears)))
+    assert (refusal.value.code, refusal.value.field) == ("adapter_unsupported_feature", f"{MODULES[0]}.bias")
 
 
 def test_exactly_one_method_claims_the_folder(tmp_path):
     folder = AdapterFolder(write_adapter(tmp_path, make_config(), make_tensors()))
     assert [method.name for method in METHODS if method.detect(folder)] == ["lora_bias"]
-
-
-BIAS = f"{SITE}.lora_B.bias"
 
 
 @pytest.mark.parametrize(
@@ -121,8 +167,12 @@ BIAS = f"{SITE}.lora_B.bias"
         ({}, put(f"{SITE}.base_layer.bias", 24), "adapter_unsupported_feature", f"{SITE}.base_layer.bias"),
         ({"lora_bias": "yes"}, None, "adapter_config_invalid", "lora_bias"),
         ({"lora_bias": False}, None, "adapter_unsupported_feature", None),
-        ({"use_dora": True}, None, "adapter_unsupported_feature", "use_dora"),
-        ({"bias": "lora_only"}, None, "adapter_unsupported_feature", "bias"),
+        ({"bias": "some"}, None, "adapter_config_invalid", "bias"),
+        ({"bias": "all"}, put(f"{SITE}.base_layer.bias", 23), "adapter_shape_mismatch", f"{SITE}.base_layer.bias"),
+        ({"bias": "all"}, put("base_model.model.model.norm.bias", 24), "adapter_unsupported_feature",
+         "base_model.model.model.norm.bias"),
+        ({"bias": "all"}, put("base_model.model.model.layers.0.mlp.up_proj.bias", 40), "adapter_unsupported_feature",
+         "base_model.model.model.layers.0.mlp.up_proj.bias"),
         ({"init_lora_weights": "pissa"}, None, "adapter_unsupported_feature", "init_lora_weights"),
         ({"r": 8}, None, "adapter_shape_mismatch", None),
         ({"r": None}, None, "adapter_config_invalid", "r"),

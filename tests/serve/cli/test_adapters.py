@@ -86,8 +86,19 @@ def test_check_for_a_program(base: Path, path: Path, capsys: pytest.CaptureFixtu
     assert found["gates"] == {"g": {"select": "top_k", "k": 1}} and found["experts"] == 2
 
 
-def test_what_cannot_be_served_is_named_and_shown(base: Path, tmp_path: Path, capsys: Any) -> None:
+def test_magnitudes_and_biases_are_counted(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = make_adapter(magnitude=torch.ones(64))
+    sites = dict(adapter.sites)
+    sites[SITE.format(1)] = replace(sites[SITE.format(1)], bias=torch.ones(64))
+    path = write_native(tmp_path / "dora.safetensors", replace(adapter, sites=sites), "tiny-llama")
+    status, out = run(capsys, "check", path, "--base", base)
+    assert status == 0 and "outputs   scaled at 3 sites, shifted at 1\n" in out
+    status, out = run(capsys, "check", path, "--base", base, "--json")
+    assert (json.loads(out)["magnitudes"], json.loads(out)["biases"]) == (3, 1)
+
+
+def test_what_cannot_be_served_is_named_and_shown(base: Path, tmp_path: Path, capsys: Any) -> None:
+    adapter = make_adapter(magnitude=torch.ones(2, 64))
     path = write_native(tmp_path / "dora.safetensors", adapter, "tiny-llama")
     status, out = run(capsys, "check", path, "--base", base)
     field = f"sites.{SITE.format(0)}.magnitude"

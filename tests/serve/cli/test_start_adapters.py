@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from loramux.cli.start_adapters import FEW, adapters_in, check, find, open_store, pool_bytes
+from loramux.cli.start_adapters import FEW, _fingerprint, adapters_in, check, find, open_store, pool_bytes
 from loramux.config import ServeConfig
 from loramux.errors import ConfigError
 from loramux.registry import Store
-from loramux_adapters import AdapterCorrupt, BaseModel
+from loramux_adapters import AdapterCorrupt, Artefact, BaseModel, LoweredAdapter
+from loramux_adapters.artefact import summarise, write_artefact
+from loramux_adapters.base_weights import BaseWeights
+from loramux_adapters.lowered import LoweredSite
+from loramux_adapters.native import digest_of
 
 from ..fakes import FakePrepare, make_artefact
 
@@ -93,6 +100,27 @@ def test_the_state_file_is_named_by_base_and_port(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "mine").is_file()
     open_store(ServeConfig(state=tmp_path / "unused", dry_run=True), BASE, 8000, tmp_path).close()
     assert not (tmp_path / "unused").exists()
+
+
+def test_the_state_forgets_what_was_checked_on_other_weights(tmp_path: Path) -> None:
+    """A DoRA's lowered form depends on them, though the layers are the same."""
+    digests = set()
+    for size in (1, 2):
+        save_file({"x": torch.ones(size)}, tmp_path / "model.safetensors")
+        base = replace(BASE, weights=BaseWeights(tmp_path))
+        digests.add(_fingerprint(base))
+    assert len(digests | {_fingerprint(BASE)}) == 3
+
+
+def test_bytes_of_magnitudes_and_biases(tmp_path: Path) -> None:
+    """Four bytes for each output; a bias also where the base's own must stay as it is."""
+    site = LoweredSite(torch.ones(2, 4), torch.ones(2, 8), torch.ones(2), magnitude=torch.ones(8))
+    for biased, has_bias, words in ((False, False, 8), (True, False, 16), (False, True, 16), (True, True, 16)):
+        adapter = LoweredAdapter("dora", {"up_proj": replace(site, bias=torch.ones(8) if has_bias else None)})
+        digest = digest_of(adapter)
+        artefact = Artefact(write_artefact(adapter, "b", digest, tmp_path), digest, summarise(adapter, "b"))
+        base = replace(BASE, biased=frozenset({"up_proj"} if biased else ()))
+        assert pool_bytes(artefact, base, 2, exact=True) == 2 * 2 * (4 + 8) + 4 * words
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -119,6 +119,37 @@ def test_what_is_served_is_what_is_in_the_artefact(artefact: Callable[..., str])
     torch.testing.assert_close(delta(manager, 5), expected)
 
 
+@pytest.mark.parametrize("own", [None, torch.linspace(-1, 1, 12)])
+def test_magnitude_and_bias_are_served_and_the_bases_own_bias_stays(tmp_path: Path, own: torch.Tensor | None) -> None:
+    """With rank, and without any; beside them a module that has neither."""
+    generator = torch.Generator().manual_seed(2)
+    magnitude, bias = torch.rand(12, generator=generator) + 0.5, torch.randn(12, generator=generator)
+    a, b = torch.randn(4, 24, generator=generator), torch.randn(4, 12, generator=generator)
+    sites = {
+        "k_proj": LoweredSite(a, b, torch.full((4,), 2.0), magnitude=magnitude, bias=bias),
+        "v_proj": LoweredSite(a[:0], b[:0], torch.empty(0), magnitude=magnitude),
+        "down_proj": LoweredSite(torch.ones(1, 40), torch.ones(1, 24), torch.ones(1)),
+    }
+    adapter = LoweredAdapter("dora", sites)
+    manager = make_manager()
+    if own is not None:
+        manager._base_biases = {"k_proj": own, "v_proj": own}
+    answer = load(manager, 1, str(write_artefact(adapter, "base", digest_of(adapter), tmp_path)))
+    assert answer == {"state": "resident", "bytes": manager.pool.used_bytes}
+    step(manager, [0, 1], [2, 3])
+    x, linear = (torch.randn(5, n, generator=generator) for n in (24, 48))
+    b0 = torch.zeros(48)
+    if own is not None:
+        b0[24:] = torch.cat([own, own])
+    y, site = linear + b0, manager.pool.site_ids[0]
+    expand(y, shrink(x, site, manager.pool.h_width(0)), site)
+    expected = linear + b0
+    expected[2:, 24:36] = magnitude * linear[2:, 24:36] + 2 * (x[2:] @ a.T) @ b + bias + b0[24:36]
+    expected[2:, 36:] = magnitude * linear[2:, 36:] + b0[36:]
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(y[:2], (linear + b0)[:2])
+
+
 @pytest.mark.parametrize("piece_bytes", [1, 500, 2000, ENOUGH])
 def test_one_pause_copies_one_module_more_than_asked_at_most(
     artefact: Callable[..., str], piece_bytes: int, monkeypatch: pytest.MonkeyPatch

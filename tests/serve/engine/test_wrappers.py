@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from loramux.engine.wrappers import AdaptedLinear, find_sites, wrap
+from loramux.engine.wrappers import AdaptedLinear, base_biases, find_sites, wrap
 from loramux_kernels import AdapterPool
 
 
@@ -107,3 +107,17 @@ def test_wrapped_layers_add_the_adapter_and_leave_base_rows_bit_for_bit() -> Non
     torch.testing.assert_close(y[2:], expected)
     pool.set_idle(False)
     assert torch.equal(wrapped(x)[0], base)
+
+
+def test_biases_that_are_in_a_layers_output_by_module() -> None:
+    """Not those that the layer hands to the model, which adds them later."""
+    model = Model()
+    layer = model.layers[0]
+    layer.qkv_proj.bias = nn.Parameter(torch.arange(16.0))
+    layer.gate_up_proj.bias, layer.gate_up_proj.skip_bias_add = nn.Parameter(torch.ones(20)), True
+    layer.down_proj.bias = None
+    found = base_biases(model, find_sites(model))
+    assert {module: bias.tolist() for module, bias in found.items()} == {
+        "layers.0.q_proj": list(range(8)), "layers.0.k_proj": [8, 9, 10, 11], "layers.0.v_proj": [12, 13, 14, 15]
+    }  # fmt: skip
+    assert not any(bias.requires_grad for bias in found.values())

@@ -1,0 +1,134 @@
+"""DoRA, weight-decomposed, as PEFT saves it (arXiv 2402.09353).
+
+    y_t = m ⊘ ‖W0 + s·B·A‖ ⊙ (W0 x_t + s·B·A·x_t) + b0        s = α/r, or α/√r with `use_rslora`
+
+A [r, d_in], B [d_out, r], m [d_out]; ‖·‖ is the length of each row of [d_out, d_in], one per output; b0 is the base's
+own bias, which is not multiplied. Names: LoRA's, and `lora_magnitude_vector` (`.weight` in a raw state dict).
+
+Lowered: magnitude = m ⊘ ‖W0 + s·B·A‖ in float32, b = (magnitude ⊙ B)ᵀ in float32 because m multiplies the LoRA too,
+a = A, scale = s. The lengths depend on the base, whose W0 is read for the modules of the adapter, some rows at a time,
+and in float64; s·B·A is never formed:
+
+    ‖W0 + s·B·A‖² = ‖W0‖² + Σ_r (2·W0·Aᵀ + s·B·(A·Aᵀ)) ⊙ s·B       for each row
+
+PEFT computes them anew in every forward pass, in the dtype that the model runs in, and not through dropout. A
+quantised base counts as the numbers that its file stands for (`base_weights.py`).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from loramux_adapters.abilities import Abilities
+from loramux_adapters.base_model import BaseModel
+from loramux_adapters.errors import AdapterConfigInvalid, AdapterError, AdapterNotFinite, shown
+from loramux_adapters.files import AdapterFolder
+from loramux_adapters.fold import fold_outputs
+from loramux_adapters.lowered import LoweredAdapter, LoweredSite
+from loramux_adapters.methods.lora import CONFIG_FILE, Variant, variant
+from loramux_adapters.peft import checks, experts
+from loramux_adapters.peft.config import LoraConfig
+from loramux_adapters.peft.sites import Part, Sites, plain_name, read_sites
+from loramux_adapters.peft.targets import Targets
+from loramux_adapters.peft.tensors import PREFIX
+from loramux_adapters.verify import verify
+
+_MAGNITUDE = PREFIX + "{module}.lora_magnitude_vector"
+_LAYOUT = {
+    "a": Part(PREFIX + "{module}.lora_A.weight", "RI"),
+    "b": Part(PREFIX + "{module}.lora_B.weight", "OR"),
+    "m": Part(_MAGNITUDE, "O"),
+}
+_VANISHED = 1e-12
+"""Of ‖W0‖² + ‖s·B·A‖²: what is left of a row that the adapter cancels is rounding, and PEFT would divide by it."""
+
+
+@dataclass(frozen=True)
+class DoraCheckpoint:
+    config: LoraConfig
+    sites: Sites
+    alphas: Mapping[str, float]
+
+
+class Dora:
+    """PEFT's LORA with `use_dora`."""
+
+    name = "dora"
+    abilities = Abilities(read="a PEFT folder with peft_type LORA and use_dora; needs the base's weights")
+
+    def detect(self, folder: AdapterFolder) -> bool:
+        return variant(folder) is Variant.DORA
+
+    def read(self, folder: AdapterFolder, base: BaseModel) -> DoraCheckpoint:
+        raw = folder.read_json(CONFIG_FILE)
+        experts.check_flag(raw, "use_dora")
+        # PEFT refuses the two together.
+        config = experts.parse_shared_fields(raw, {"use_dora"}, raw.get("r", 0), absent=("lora_bias",))
+        targets = Targets(config)
+        ranks, alphas = targets.resolve(base.linears)
+        sites = read_sites(
+            folder,
+            base,
+            config,
+            _LAYOUT,
+            lambda module, _: {"R": ranks[module]},
+            count=1,
+            targets=targets,
+            normalise=lambda name: plain_name(name).replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
+        )
+        for module, part in sites.modules.items():
+            _check_magnitude(_MAGNITUDE.format(module=module), part["m"][0])
+        return DoraCheckpoint(config, sites, alphas)
+
+    def lower(self, checkpoint: DoraCheckpoint, base: BaseModel) -> LoweredAdapter:
+        sites = {}
+        for module, part in checkpoint.sites.modules.items():
+            (a,), (b,), (m,) = part["a"], part["b"], part["m"]
+            alpha = checkpoint.alphas[module]
+            factor = checkpoint.config.scale(len(a), alpha)
+            scale = checks.rank_scale(module, len(a), alpha, factor)
+            magnitude = m.double() / _row_norms(module, base.row_blocks(module), a, b, factor)
+            folded = fold_outputs(b, magnitude).T.contiguous()
+            sites[module] = LoweredSite(a, folded, scale, magnitude=magnitude.float())
+        return LoweredAdapter(self.name, sites, checkpoint.sites.warnings)
+
+    def verify(self, adapter: LoweredAdapter, base: BaseModel) -> None:
+        verify(adapter, base)
+
+
+def _row_norms(
+    module: str, blocks: Iterable[torch.Tensor], a: torch.Tensor, b: torch.Tensor, factor: float
+) -> torch.Tensor:
+    """‖(W0 + factor·B·A)_j‖ for every row j, [d_out] float64, from W0 in `blocks` of rows."""
+    a, b = a.double(), b.double() * factor
+    gram = a @ a.T
+    squares, sizes, done = [], [], 0
+    for rows in blocks:
+        part = b[done : done + len(rows)]
+        done += len(rows)
+        own, delta = rows.square().sum(1), ((part @ gram) * part).sum(1)
+        squares.append(own + delta + 2 * ((rows @ a.T) * part).sum(1))
+        sizes.append(own + delta)
+    square, size = torch.cat(squares), torch.cat(sizes)
+    if bool((square <= _VANISHED * size).any()):
+        raise AdapterNotFinite(
+            f"At {shown(module)} the adapter cancels a row of the base's weight, or the row is zero: DoRA divides by "
+            "its length.",
+            hint="Use an earlier checkpoint, or make it without this module.",
+            field=_MAGNITUDE.format(module=module),
+        )
+    return square.sqrt()
+
+
+def _check_magnitude(name: str, magnitude: torch.Tensor) -> None:
+    """Raises for what is no length."""
+    if not bool(magnitude.isfinite().all()):
+        refusal: type[AdapterError] = AdapterNotFinite
+        what, hint = "NaN or infinity", "Its training diverged, or the file was damaged: use an earlier checkpoint."
+    elif not bool((magnitude > 0).all()):
+        refusal, what = AdapterConfigInvalid, f"{float(magnitude.min()):g}"
+        hint = "A magnitude is the length of a row of the weight and above 0: save the adapter again."
+    else:
+        return
+    raise refusal(f"Tensor {shown(name)} holds {what}.", hint=hint, field=name)
