@@ -69,6 +69,16 @@ FEATURES: dict[str, dict[str, Any]] = {
         "target_modules": ["q_proj", "up_proj"],
     },
     "vera": {"peft": "VeraConfig", "r": 48, "target_modules": ["q_proj", "v_proj"]},
+    "dora": {"r": 6, "lora_alpha": 12, "target_modules": "all-linear", "use_dora": True},
+    "dora_some": {
+        "r": 16,
+        "lora_alpha": 16,
+        "use_rslora": True,
+        "target_modules": ["v_proj", "down_proj"],
+        "use_dora": True,
+        "dtype": torch.bfloat16,
+    },
+    "lora_bias": {"r": 8, "lora_alpha": 16, "target_modules": [*ATTENTION, "up_proj"], "lora_bias": True},
 }
 TRAINED = ("lora_", "vera_lambda")
 STD = {"adalora": 0.3, "vera": 1.0}  # of three factors, or of one
@@ -89,6 +99,7 @@ def prompts(base_path: Path) -> list[list[int]]:
 def adapters(tmp_path_factory: pytest.TempPathFactory, reference: Any, prompts: Any) -> dict[str, tuple[Path, Answer]]:
     """For each feature: the folder PEFT saved, and what PEFT answers to the feature's prompt."""
     import peft
+    import peft.helpers
 
     folder = tmp_path_factory.mktemp("peft")
     made = {}
@@ -102,6 +113,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, reference: Any, prompts: 
         for parameter_name, parameter in model.named_parameters():
             if any(part in parameter_name for part in ZERO_AT_FIRST):
                 torch.nn.init.normal_(parameter, std=STD.get(name, std))
+            if "magnitude" in parameter_name:
+                parameter.data *= 1 + 0.05 * torch.randn(parameter.shape)  # from the length of the base's rows
             if any(part in parameter_name for part in TRAINED):
                 parameter.data = parameter.data.to(dtype).to(torch.float32)  # what the file will hold
         if dtype is torch.float32:
@@ -109,7 +122,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, reference: Any, prompts: 
         else:
             weights = {k: v.to(dtype) for k, v in model.state_dict().items() if "lora_" in k}
             model.save_pretrained(folder / name, state_dict=weights)
-        made[name] = (folder / name, generate(model, prompts[i % len(prompts)]))
+        with peft.helpers.DoraCaching():  # or PEFT computes all lengths of all rows anew for every token
+            made[name] = (folder / name, generate(model.eval(), prompts[i % len(prompts)]))
         reference = model.unload()
     return made
 
