@@ -1,6 +1,6 @@
 """Throughput through vLLM: requests of the base, of plain adapters and of mixtures, decoding and prefill.
 
-    PYTHONPATH=serve:adapters:kernels python tests/benchmarks/engine_decode.py base | loramux | stock [decode] [mixtures] [prefill]
+    PYTHONPATH=serve:adapters:kernels python tests/benchmarks/engine_decode.py base|loramux|stock [PART …]
 
 Llama-3-8B shapes with random weights, so nothing is downloaded; greedy, end-of-sequence ignored, prefix caching off,
 torch.compile and CUDA graphs on, best of three. decode: 128 prompt tokens in, 128 out, under plain adapters of rank 16

@@ -24,7 +24,7 @@ _DECODE_BLOCKS, _PREFILL_BLOCKS = 396, 264
 class _Decode(ctypes.Structure):
     _fields_ = (
         *fields(
-            pointers="weights count handoff left y",
+            pointers="weights floats count handoff left y",
             int64="y_stride",
             int32="slices",
         ),
@@ -71,7 +71,7 @@ def expand(site: Site, y: Tensor, h: Tensor) -> None:
         return
     room = scratch(site.plan, y.device)
     decode = _Decode(
-        *addresses(site.weights, tiles.number, room.handoff, room.left, y),
+        *addresses(site.weights, site.floats, tiles.number, room.handoff, room.left, y),
         y.stride(0),
         slices,
         widths(site.spec.d_outs),

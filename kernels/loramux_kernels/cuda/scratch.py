@@ -14,7 +14,7 @@ MAX_RANK = 256
 """Rank rows of one slice."""
 _ROWS, _LANES, _VECTOR = 16, 32, 16
 """Rank rows of a block; lanes of a warp; bytes of a lane's left operand for a block."""
-_HANDOFF = 16 + 4 * _ROWS + 4 * (MAX_RANK // _ROWS)
+_HANDOFF = 32 + 4 * _ROWS + 4 * (MAX_RANK // _ROWS)
 """Bytes of one handoff."""
 
 

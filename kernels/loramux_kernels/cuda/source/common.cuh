@@ -21,7 +21,7 @@ constexpr u32 ALL = 0xffffffffu;
 // Columns of a site's table row (sites.py): the head, then one part per slice.
 constexpr int HEAD = LORAMUX_TABLE_HEAD, PART = LORAMUX_TABLE_PART;
 enum Head { A_OFFSET, SCALE_OFFSET, EXPERT_OFFSET, ROWS };
-enum Part { FIRST_ROW, RANK, B_OFFSET, EXPERTS, LOGITS, RULE };
+enum Part { FIRST_ROW, RANK, B_OFFSET, EXPERTS, LOGITS, RULE, MAG = RULE + LORAMUX_GATE_FIELDS, BIAS };
 
 // A tile of the plan (plan.py): tokens of one slot, `start` into the step's token ids.
 struct Tile {
@@ -82,6 +82,12 @@ __device__ __forceinline__ void wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// Into the L2 cache: 128 bytes, or `bytes`, a multiple of 16, from a multiple of 16 on.
+__device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+__device__ __forceinline__ void prefetch_range(const void* p, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
+}
+
 struct BFloat16 {
   // d[16 x 8] += a[16 x 16] · b[16 x 8]. Lane 4g + t holds of d rows g and g + 8, columns 2t and 2t + 1.
   static __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -121,26 +127,22 @@ struct Float16 {
   }
 };
 
-// One slice of one tile's adapter, as the table has it.
+// One slice of one tile's adapter, from its row of the table.
 struct Slice {
   const i64* part;
   const float* scales;
   const int* expert_of;
-  i64 b;  // offset in the weights
   int rank, first_row, experts;
-};
 
-__device__ __forceinline__ Slice read_slice(const i64* row, int slice, const float* floats, const int* ints) {
-  const i64* part = row + HEAD + PART * slice;
-  const int first = static_cast<int>(part[FIRST_ROW]);
-  return {part,
-          floats + row[SCALE_OFFSET] + first,
-          ints + row[EXPERT_OFFSET] + first,
-          part[B_OFFSET],
-          static_cast<int>(part[RANK]),
-          first,
-          static_cast<int>(part[EXPERTS])};
-}
+  __device__ __forceinline__ Slice(const i64* row, int slice, const float* floats, const int* ints)
+      : part(row + HEAD + PART * slice),
+        rank(static_cast<int>(part[RANK])),
+        first_row(static_cast<int>(part[FIRST_ROW])),
+        experts(static_cast<int>(part[EXPERTS])) {
+    scales = floats + row[SCALE_OFFSET] + first_row;
+    expert_of = ints + row[EXPERT_OFFSET] + first_row;
+  }
+};
 
 // A lane's part of 16 rank rows from block·16 on: rows 4t to 4t + 3, which of them count, and their factors.
 struct Rows {
@@ -181,13 +183,35 @@ __device__ __forceinline__ void product(float (&acc)[8][MT][4], const Vector (&l
 // First of a lane's eight neighbouring outputs among 64: what four lanes store together is 64 bytes in a row.
 __device__ __forceinline__ int piece(int n) { return 8 * (n / 2 + 4 * (n % 2)); }
 
-// y + acc, for tokens g + 8i and outputs of piece(2t + j).
+// What a slice does to the base linear's output besides adding to it: offsets of float32 arrays plus one, 0 for none.
+struct Outputs {
+  i64 mag, bias;
+
+  __device__ __forceinline__ bool any() const { return mag != 0 || bias != 0; }
+};
+
+// mag ⊙ y + acc + bias for tokens g + 8i and outputs of piece(2t + j), the first of which is `column` of the slice.
 template <typename T, int MT>
-__device__ __forceinline__ Vector added(Vector y, const float (&acc)[8][MT][4], int i, int j) {
+__device__ __forceinline__ Vector applied(Vector y, const float (&acc)[8][MT][4], int i, int j, const Outputs& outputs,
+                                          const float* floats, int column) {
 #pragma unroll
-  for (int q = 0; q < 4; ++q)
-    y.words[q] = T::pack(T::low(y.words[q]) + acc[2 * q][i / 2][2 * (i % 2) + j],
-                         T::high(y.words[q]) + acc[2 * q + 1][i / 2][2 * (i % 2) + j]);
+  for (int q = 0; q < 4; ++q) {
+    const int k = 2 * (i % 2) + j;
+    float low = T::low(y.words[q]), high = T::high(y.words[q]);
+    if (outputs.mag != 0) {
+      const float* mag = floats + outputs.mag - 1 + column + 2 * q;
+      low *= __ldg(mag);
+      high *= __ldg(mag + 1);
+    }
+    low += acc[2 * q][i / 2][k];
+    high += acc[2 * q + 1][i / 2][k];
+    if (outputs.bias != 0) {
+      const float* bias = floats + outputs.bias - 1 + column + 2 * q;
+      low += __ldg(bias);
+      high += __ldg(bias + 1);
+    }
+    y.words[q] = T::pack(low, high);
+  }
   return y;
 }
 

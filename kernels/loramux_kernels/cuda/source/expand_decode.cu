@@ -12,6 +12,7 @@ constexpr int WARPS = 4, THREADS = WARPS * WARP, STAGES = 4;
 
 struct ExpandArgs {
   const element* weights;
+  const float* floats;
   const int* count;  // tiles of the step; none if negative
   const Handoff* handoff;
   const Left* left;
@@ -37,12 +38,14 @@ __device__ __forceinline__ void run(const ExpandArgs& args, int at, int width, i
   const Left* left = args.left + static_cast<i64>(at) * MAX_BLOCKS;
   const int blocks = handoff.blocks, id[2] = {handoff.ids[g], handoff.ids[g + 8]};
   const u32 all_rows = handoff.rows[lane % MAX_BLOCKS];
-  if (blocks == 0) return;
+  const Outputs outputs = handoff.outputs;
+  if (blocks == 0 && !outputs.any()) return;
   const element* b = args.weights + handoff.b;
   element* y[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) y[i] = args.y + max(id[i], 0) * args.y_stride + column;
-  const int steps = columns * blocks;
+  // Without rank rows there is still y to change.
+  const int rounds = max(blocks, 1), steps = columns * rounds;
   // Where the next copy goes from: 64 outputs and block of rank rows.
   int next = 0, next_o = first, next_block = 0;
   const auto copy_next = [&] {
@@ -53,10 +56,10 @@ __device__ __forceinline__ void run(const ExpandArgs& args, int at, int width, i
       const element* from = b + static_cast<i64>((rows & 0xffff) * MMA_ROWS + 4 * t) * width + o;
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        const bool in = o < width && (rows >> (16 + 4 * t + q) & 1);
-        copy(&stage.b[q][lane], in ? from + q * width : b, in);
+        const bool in = blocks > 0 && o < width && (rows >> (16 + 4 * t + q) & 1);
+        copy(&stage.b[q][lane], in ? from + q * width : args.weights, in);
       }
-      copy_cached(&stage.left[lane], &left[next_block][lane]);
+      if (blocks > 0) copy_cached(&stage.left[lane], &left[next_block][lane]);
       if (next_block == 0)
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
@@ -64,7 +67,7 @@ __device__ __forceinline__ void run(const ExpandArgs& args, int at, int width, i
           const bool in = id[v / 2] >= 0 && c < width;
           copy(&stage.y[v][lane], in ? y[v / 2] + c : y[0], in);
         }
-      if (++next_block == blocks) next_block = 0, next_o += COLUMNS;
+      if (++next_block == rounds) next_block = 0, next_o += COLUMNS;
     }
     ++next;
     commit();
@@ -74,23 +77,26 @@ __device__ __forceinline__ void run(const ExpandArgs& args, int at, int width, i
   for (int step = 0, o = first; step < steps; o += COLUMNS) {
     float acc[8][1][4] = {};
     Vector before[4];
-    for (int block = 0; block < blocks; ++block, ++step) {
+    for (int block = 0; block < rounds; ++block, ++step) {
       wait<STAGES - 2>();
       Stage& stage = ring[step % STAGES];
       if (block == 0)
 #pragma unroll
         for (int v = 0; v < 4; ++v) before[v] = stage.y[v][lane];
-      const Vector l[1] = {stage.left[lane]};
-      Vector w[4];
+      if (blocks > 0) {
+        const Vector l[1] = {stage.left[lane]};
+        Vector w[4];
 #pragma unroll
-      for (int q = 0; q < 4; ++q) w[q] = stage.b[q][lane];
-      product<T, 1>(acc, l, w);
+        for (int q = 0; q < 4; ++q) w[q] = stage.b[q][lane];
+        product<T, 1>(acc, l, w);
+      }
       copy_next();
     }
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
       const int c = o + piece(2 * t + v % 2);
-      if (id[v / 2] >= 0 && c < width) store(y[v / 2] + c, added<T, 1>(before[v], acc, v / 2, v % 2));
+      if (id[v / 2] >= 0 && c < width)
+        store(y[v / 2] + c, applied<T, 1>(before[v], acc, v / 2, v % 2, outputs, args.floats, c));
     }
   }
   wait<0>();

@@ -38,6 +38,8 @@ struct Run {
   Tile tile;
   Slice slice;
   int blocks, width, column, first, columns;
+
+  __device__ __forceinline__ Outputs outputs() const { return {slice.part[MAG], slice.part[BIAS]}; }
 };
 
 // Gate, then left operands and rows that count of all blocks of 16 rank rows.
@@ -87,7 +89,7 @@ __device__ __forceinline__ void prepare(const ExpandArgs& args, const Run& run, 
 template <typename T>
 __device__ __forceinline__ void run_blocks(const ExpandArgs& args, const Run& run, Shared& shared, float* trace) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-  const element* b = args.weights + run.slice.b;
+  const element* b = args.weights + run.slice.part[B_OFFSET];
   const int mine = (run.columns - warp + WARPS - 1) / WARPS, steps = mine * run.blocks;
   // Where the next copy goes from: 64 outputs and block of rank rows.
   int next = 0, next_o = run.first + COLUMNS * warp, next_block = 0;
@@ -128,20 +130,25 @@ __device__ __forceinline__ void run_blocks(const ExpandArgs& args, const Run& ru
       }
       copy_next(true);
     }
+    const Outputs outputs = run.outputs();  // not kept while the products run: registers are short
+    // A quarter of y at a time: registers are short.
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int c = o + piece(2 * t + j);
-      element* y[2 * MT];
-      Vector v[2 * MT];
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const int j = quarter / 2, c = o + piece(2 * t + j);
+      const auto token = [&](int i) { return g + 8 * (MT * (quarter % 2) + i); };
+      element* y[MT];
+      Vector v[MT];
 #pragma unroll
-      for (int i = 0; i < 2 * MT; ++i) {
-        const bool in = g + 8 * i < run.tile.count && c < run.width;
-        y[i] = in ? args.y + __ldg(args.token_ids + run.tile.start + g + 8 * i) * args.y_stride + run.column + c : nullptr;
+      for (int i = 0; i < MT; ++i) {
+        const bool in = token(i) < run.tile.count && c < run.width;
+        const i64 id = in ? __ldg(args.token_ids + run.tile.start + token(i)) : 0;
+        y[i] = args.y + id * args.y_stride + run.column + c;
         v[i] = load(y[i], in);
       }
 #pragma unroll
-      for (int i = 0; i < 2 * MT; ++i)
-        if (y[i] != nullptr) store(y[i], added<T, MT>(v[i], acc, i, j));
+      for (int i = 0; i < MT; ++i)
+        if (token(i) < run.tile.count && c < run.width)
+          store(y[i], applied<T, MT>(v[i], acc, MT * (quarter % 2) + i, j, outputs, args.floats, c));
     }
   }
   wait<0>();
@@ -162,22 +169,23 @@ __device__ __forceinline__ void expand(const ExpandArgs& args) {
   lanes = min(lanes, per_tile);
   for (int item = blockIdx.x; item < tiles * lanes; item += blocks) {
     const int lane = item % lanes;
-    Run run;
-    run.tile = read_tile(args.tiles, item / lanes);
-    run.column = 0;
-    const i64* row = args.table + run.tile.slot * args.table_stride;
-    int begin = per_tile * lane / lanes;
+    const Tile tile = read_tile(args.tiles, item / lanes);
+    const i64* row = args.table + tile.slot * args.table_stride;
+    int begin = per_tile * lane / lanes, column = 0;
     int left = per_tile * (lane + 1) / lanes - begin;
     for (int j = 0; j < args.slices && left > 0; ++j) {
-      run.width = args.widths[j];
-      const int in_slice = blocks_of(run.width, COLUMNS);
+      const int width = args.widths[j], in_slice = blocks_of(width, COLUMNS);
       if (begin < in_slice) {
-        run.slice = read_slice(row, j, args.floats, args.ints);
-        run.blocks = blocks_of(run.slice.rank, MMA_ROWS);
-        run.first = COLUMNS * begin;
-        run.columns = min(in_slice - begin, left);
+        const Slice slice(row, j, args.floats, args.ints);
+        const Run run{tile,
+                      slice,
+                      blocks_of(slice.rank, MMA_ROWS),
+                      width,
+                      column,
+                      COLUMNS * begin,
+                      min(in_slice - begin, left)};
         float* kept = args.trace + static_cast<i64>(args.first_gate + j) * args.traced * MAX_EXPERTS;
-        if (run.blocks > 0) {
+        if (run.blocks > 0 || run.outputs().any()) {
           run_blocks<T>(args, run, shared, tracing && run.first == 0 ? kept : nullptr);
           __syncthreads();  // the next run writes what others may still read
         }
@@ -186,7 +194,7 @@ __device__ __forceinline__ void expand(const ExpandArgs& args) {
       } else {
         begin -= in_slice;
       }
-      run.column += run.width;
+      column += width;
     }
   }
 }

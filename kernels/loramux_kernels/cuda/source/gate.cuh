@@ -1,11 +1,11 @@
-// g_TE = gate(l_TE) of one tile, by one block of threads. Definition: gates.py.
+// g_TE = gate(l_TE) of one tile, by one team of threads; g_TG where experts are grouped. Definition: gates.py.
 #pragma once
 
 #include "common.cuh"
 
 namespace loramux {
 
-enum GateFlags { ABSOLUTE = 1, RENORMALISE = 2, ONE = 4 };
+enum GateFlags { ABSOLUTE = 1, RENORMALISE = 2, ONE = 4, GROUPED = 8 };  // gates.py
 
 // Where a step's router logits are kept when somebody asks (trace.py), or null.
 struct TraceRows {
@@ -25,7 +25,7 @@ __device__ __forceinline__ float over_token(float v, bool largest) {
 }
 
 // Weights into gates[token][expert] of `TOKENS` tokens, of which `count` exist, by a team of `TEAM` threads of which this
-// is `thread`; returns a bit per expert that any token of this warp takes. `logit(id, expert)` reads the
+// is `thread`; returns a bit per expert or group that any token of this warp takes. `logit(id, expert)` reads the
 // score of the token whose row of h is `id`; `ids`: the tokens' rows.
 template <int TOKENS, int TEAM, typename Logit>
 __device__ u32 gate(const i64* rule, int experts, const Logit& logit, const int* ids, int count, int thread,
@@ -81,11 +81,29 @@ __device__ u32 gate(const i64* rule, int experts, const Logit& logit, const int*
     }
     total = over_token(total, false);
     const float divisor = (flags & RENORMALISE) && total > 0 ? total + eps : 1.f;
+    float g[MINE];
+#pragma unroll
+    for (int j = 0; j < MINE; ++j)
+      g[j] = !selected[j] ? 0.f : flags & ONE ? 1.f : __fdiv_rn(p[j], divisor);
+    if (flags & GROUPED) {
+      // Rank rows belong to groups of experts: group i takes the weights of the experts in its 16 bits.
+      float of_group[MINE] = {};
+#pragma unroll
+      for (int o = 0; o < MAX_EXPERTS; ++o) {
+        const float other = __shfl_sync(ALL, g[o % MINE], lane / GATE_LANES * GATE_LANES + o / MINE);
+#pragma unroll
+        for (int j = 0; j < MINE; ++j) {
+          const int group = first + j;
+          of_group[j] += rule[6 + group / 4] >> (group % 4 * 16 + o) & 1 ? other : 0.f;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < MINE; ++j) g[j] = of_group[j];
+    }
 #pragma unroll
     for (int j = 0; j < MINE; ++j) {
-      const float g = !selected[j] ? 0.f : flags & ONE ? 1.f : __fdiv_rn(p[j], divisor);
-      gates[token][first + j] = g;
-      taken |= real && g > 0 ? 1u << (first + j) : 0u;
+      gates[token][first + j] = g[j];
+      taken |= real && g[j] > 0 ? 1u << (first + j) : 0u;
     }
   }
   return __reduce_or_sync(ALL, taken);

@@ -36,6 +36,7 @@ struct ShrinkArgs {
 };
 
 struct Shared {
+  i64 row[HEAD + PART * MAX_SLICES];  // of the table, for the tile's adapter
   float partial[WARPS][MMA_ROWS][PITCH];
   float gates[MAX_SLICES][MMA_ROWS][MAX_EXPERTS];
   u32 taken[MAX_SLICES];
@@ -43,23 +44,26 @@ struct Shared {
   int last;
 };
 
-// Part `part` of `parts` of B, scales and experts of an adapter into the L2 cache, where the expand will look for them.
-__device__ __forceinline__ void prefetch_expand(const ShrinkArgs& args, const i64* row, int part, int parts, int tiles) {
-  if (threadIdx.x != 0) return;
-  i64 begin = 0, bytes = 0;
+// Scales and experts of an adapter, and part `part` of `parts` of its B, into the L2 cache, for the hand-over and for the
+// expand.
+__device__ __forceinline__ void prefetch(const ShrinkArgs& args, const i64* row, int part, int parts, int tiles) {
+  i64 begin = 0, bytes = 0, rows = 0;
   for (int j = 0; j < args.slices; ++j) {
     const i64 rank = row[HEAD + PART * j + RANK];
     if (rank > 0 && bytes == 0) begin = row[HEAD + PART * j + B_OFFSET] * static_cast<i64>(sizeof(element));
     bytes += rank * args.widths[j] * static_cast<i64>(sizeof(element));
+    rows += rank;
   }
-  if (bytes == 0 || tiles * bytes > PREFETCHED) return;
+  const int line = threadIdx.x * 32;  // of 32 words
+  if (line < rows) {
+    prefetch_line(args.floats + row[SCALE_OFFSET] + line);
+    prefetch_line(args.ints + row[EXPERT_OFFSET] + line);
+  }
+  if (threadIdx.x != 0 || tiles * bytes > PREFETCHED) return;
   // Slices of B lie behind each other.
   const i64 share = (bytes / parts + 127) / 128 * 128, first = share * part;
   const i64 length = min(share, bytes - first) / 16 * 16;
-  if (length > 0)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                     reinterpret_cast<const char*>(args.weights) + begin + first),
-                 "r"(static_cast<u32>(length)));
+  if (length > 0) prefetch_range(reinterpret_cast<const char*>(args.weights) + begin + first, static_cast<u32>(length));
 }
 
 // This warp's sums of 16 rows of A from `a` on (`rows` of them exist) with TILES groups of eight tokens, over chunks
@@ -121,77 +125,90 @@ __device__ __forceinline__ float sum_planes(const ShrinkArgs& args, int id, int 
   return sum;
 }
 
+// Bits of the rank rows that some token takes, per block of 16, for the slices that have a gate.
+__device__ __forceinline__ void mark_rows(const ShrinkArgs& args, Shared& shared) {
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  for (int j = 0; j < args.slices; ++j) {
+    const Slice s(shared.row, j, args.floats, args.ints);
+    if (s.experts == 0) continue;
+    for (int first = warp * WARP; first < MAX_BLOCKS * MMA_ROWS; first += THREADS) {
+      const int r = first + lane;
+      const bool use = r < s.rank && (shared.taken[j] >> __ldg(s.expert_of + r) & 1);
+      const u32 bits = __ballot_sync(ALL, use);
+      if (lane % MMA_ROWS == 0) shared.masks[j][r / MMA_ROWS] = bits >> lane & 0xffff;
+    }
+  }
+}
+
 // The whole block: h of a tile, now complete, into what the expand reads.
 template <typename T>
-__device__ void hand_over(const ShrinkArgs& args, const Tile& tile, int index, const i64* row, Shared& shared) {
+__device__ void hand_over(const ShrinkArgs& args, const Tile& tile, int index, Shared& shared) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
   const int* ids = args.token_ids + tile.start;
-  const bool tracing = *args.trace_flag != 0;
-  if (threadIdx.x < MAX_SLICES) shared.taken[threadIdx.x] = 0;
-  if (threadIdx.x < MAX_SLICES * MAX_BLOCKS) (&shared.masks[0][0])[threadIdx.x] = 0;
-  __syncthreads();
-  // Two slices at a time, by half of the block each.
-  for (int j = threadIdx.x / TEAM; j < args.slices; j += THREADS / TEAM) {
-    const Slice s = read_slice(row, j, args.floats, args.ints);
-    u32 taken = ALL;
-    if (s.experts > 0) {
+  bool mixture = false;
+  for (int j = 0; j < args.slices; ++j) mixture |= shared.row[HEAD + PART * j + EXPERTS] > 0;
+  if (mixture) {
+    const bool tracing = *args.trace_flag != 0;
+    if (threadIdx.x < MAX_SLICES) shared.taken[threadIdx.x] = 0;
+    __syncthreads();
+    // Two slices at a time, by half of the block each.
+    for (int j = threadIdx.x / TEAM; j < args.slices; j += THREADS / TEAM) {
+      const Slice s(shared.row, j, args.floats, args.ints);
+      if (s.experts == 0) continue;
       float* kept = args.trace + static_cast<i64>(args.first_gate + j) * args.traced * MAX_EXPERTS;
       const int first = static_cast<int>(s.part[LOGITS]);
-      taken = gate<MMA_ROWS, TEAM>(
+      const u32 taken = gate<MMA_ROWS, TEAM>(
           s.part + RULE, s.experts, [&](int id, int e) { return sum_planes(args, id, first + e); }, ids, tile.count,
           threadIdx.x % TEAM, shared.gates[j], TraceRows{tracing ? kept : nullptr, args.traced});
-    }
-    if (lane == 0) atomicOr(&shared.taken[j], taken);
-  }
-  __syncthreads();
-  // Every warp takes every eighth block, twice: which rows count, then where the blocks go.
-  for (int pass = 0; pass < 2; ++pass) {
-    for (int j = 0, n = 0; j < args.slices; ++j) {
-      const Slice s = read_slice(row, j, args.floats, args.ints);
-      const int blocks = blocks_of(s.rank, MMA_ROWS), at = place(index, args.slices, j);
-      Handoff& handoff = args.handoff[at];
-      for (int block = 0; block < blocks; ++block, ++n) {
-        if (n % WARPS != warp) continue;
-        const Rows rows(s, block, shared.taken[j]);
-        if (pass == 0) {
-          if (lane == 0) shared.masks[j][block] = rows.mask;
-          continue;
-        }
-        if (rows.mask == 0) continue;
-        int to = 0;
-        for (int before = 0; before < block; ++before) to += shared.masks[j][before] != 0;
-        Vector left;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int token = 8 * i + g;
-          const bool live = token < tile.count;
-          const int id = live ? __ldg(ids + token) : 0, column = s.first_row + block * MMA_ROWS + 4 * t;
-          float v[4];
-#pragma unroll
-          for (int q = 0; q < 4; ++q) v[q] = live && rows.use[q] ? sum_planes(args, id, column + q) : 0.f;
-#pragma unroll
-          for (int q = 0; q < 4; ++q) {
-            const float weight = s.experts > 0 ? shared.gates[j][token][rows.expert[q]] : 1.f;
-            // What no gate selects may hold anything: replaced, never multiplied.
-            v[q] = weight != 0.f ? v[q] * rows.factor[q] * weight : 0.f;
-          }
-          left.words[i] = T::pack(v[0], v[1]);
-          left.words[2 + i] = T::pack(v[2], v[3]);
-        }
-        args.left[at * MAX_BLOCKS + to][lane] = left;
-        if (lane == 0) handoff.rows[to] = static_cast<u32>(block) | rows.mask << 16;
-      }
-      if (pass == 1 && warp == j % WARPS) {
-        if (lane < MMA_ROWS) handoff.ids[lane] = lane < tile.count ? __ldg(ids + lane) : -1;
-        const bool any = lane < MAX_BLOCKS && shared.masks[j][lane] != 0;
-        const int live_blocks = __popc(__ballot_sync(ALL, any));
-        if (lane == 0) {
-          handoff.b = s.b;
-          handoff.blocks = live_blocks;
-        }
-      }
+      if (lane == 0) atomicOr(&shared.taken[j], taken);
     }
     __syncthreads();
+    mark_rows(args, shared);
+    __syncthreads();
+  }
+  for (int j = 0, n = 0; j < args.slices; ++j) {
+    const Slice s(shared.row, j, args.floats, args.ints);
+    const int blocks = blocks_of(s.rank, MMA_ROWS), at = place(index, args.slices, j);
+    Handoff& handoff = args.handoff[at];
+    for (int block = 0; block < blocks; ++block, ++n) {
+      if (n % WARPS != warp || (s.experts > 0 && shared.masks[j][block] == 0)) continue;
+      int to = block;
+      if (s.experts > 0)
+        for (int before = 0; before < block; ++before) to -= shared.masks[j][before] == 0;
+      const Rows rows(s, block, s.experts > 0 ? shared.taken[j] : ALL);
+      float v[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const bool live = 8 * i + g < tile.count;
+        const int id = live ? __ldg(ids + 8 * i + g) : 0, column = s.first_row + block * MMA_ROWS + 4 * t;
+#pragma unroll
+        for (int q = 0; q < 4; ++q) v[i][q] = live && rows.use[q] ? sum_planes(args, id, column + q) : 0.f;
+      }
+      Vector left;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          const float weight = s.experts > 0 ? shared.gates[j][8 * i + g][rows.expert[q]] : 1.f;
+          // What no gate selects may hold anything: replaced, never multiplied.
+          v[i][q] = weight != 0.f ? v[i][q] * rows.factor[q] * weight : 0.f;
+        }
+        left.words[i] = T::pack(v[i][0], v[i][1]);
+        left.words[2 + i] = T::pack(v[i][2], v[i][3]);
+      }
+      args.left[static_cast<i64>(at) * MAX_BLOCKS + to][lane] = left;
+      if (lane == 0) handoff.rows[to] = static_cast<u32>(block) | rows.mask << 16;
+    }
+    if (warp == j % WARPS) {
+      if (lane < MMA_ROWS) handoff.ids[lane] = lane < tile.count ? __ldg(ids + lane) : -1;
+      const bool takes = lane < blocks && (s.experts == 0 || shared.masks[j][min(lane, MAX_BLOCKS - 1)] != 0);
+      const int live_blocks = __popc(__ballot_sync(ALL, takes));
+      if (lane == 0) {
+        handoff.b = s.part[B_OFFSET];
+        handoff.outputs = {s.part[MAG], s.part[BIAS]};
+        handoff.blocks = live_blocks;
+      }
+    }
   }
 }
 
@@ -207,10 +224,13 @@ __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
     const int index = item / lanes, lane = item % lanes;
     const Tile tile = read_tile(args.tiles, index);
     const i64* row = args.table + tile.slot * args.table_stride;
-    const int rows = static_cast<int>(row[ROWS]);
+    __syncthreads();  // the last hand-over may still read the row
+    if (threadIdx.x < HEAD + PART * args.slices) shared.row[threadIdx.x] = __ldg(row + threadIdx.x);
+    __syncthreads();
+    const int rows = static_cast<int>(shared.row[ROWS]);
     const int units = blocks_of(rows, MMA_ROWS) * args.planes;
-    const element* a = args.weights + row[A_OFFSET];
-    if (units == 0 && lane == 0) hand_over<T>(args, tile, index, row, shared);
+    const element* a = args.weights + shared.row[A_OFFSET];
+    if (units == 0 && lane == 0) hand_over<T>(args, tile, index, shared);
     for (int unit = lane; unit < units; unit += lanes) {
       const int first = unit / args.planes * MMA_ROWS, plane = unit % args.planes, part = plane * WARPS + warp;
       const int begin = chunks * part / parts, end = chunks * (part + 1) / parts;
@@ -219,7 +239,7 @@ __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
         sums<T, 1, 8>(args, tile, mine, rows - first, begin, end, shared.partial[warp]);
       else
         sums<T, 2, 4>(args, tile, mine, rows - first, begin, end, shared.partial[warp]);
-      prefetch_expand(args, row, unit, units, tiles);
+      prefetch(args, shared.row, unit, units, tiles);
       __syncthreads();
       const int token = threadIdx.x / MMA_ROWS, r = threadIdx.x % MMA_ROWS;
       if (token < tile.count && first + r < rows) {
@@ -235,7 +255,7 @@ __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
       if (!shared.last) continue;
       __threadfence();
       if (threadIdx.x == 0) args.finished[index] = 0;
-      hand_over<T>(args, tile, index, row, shared);
+      hand_over<T>(args, tile, index, shared);
     }
   }
 }
