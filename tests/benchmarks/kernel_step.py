@@ -133,8 +133,9 @@ def full_pool(slots: int, rank: int, gate: TokenGate | None, tokens: int, backen
 
 
 def base_weights() -> list[Tensor]:
+    # [outputs, inputs], as models hold them: cuBLAS has other kernels for the other layout.
     return [
-        torch.randn(d_in, sum(d_outs), device=DEVICE, dtype=torch.bfloat16) * d_in**-0.5
+        torch.randn(sum(d_outs), d_in, device=DEVICE, dtype=torch.bfloat16) * d_in**-0.5
         for _ in range(LAYERS)
         for _, d_in, d_outs in SHAPES
     ]
@@ -158,7 +159,7 @@ def time_steps(
                 if adapters:
                     h = lk.shrink(x, site, pool.h_width(i))
                 if base:
-                    torch.mm(x, weights[i], out=y)
+                    torch.mm(x, weights[i].t(), out=y)
                 if adapters:
                     lk.expand(y, h, site)
 
