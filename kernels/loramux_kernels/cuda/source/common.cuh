@@ -1,22 +1,18 @@
-// Types, matrix product and memory access that all kernels share. Letters as in ops/: T tokens, I inputs, R rank rows,
-// O outputs, E experts. No header of the CUDA toolkit is needed, so that NVRTC alone can compile it. Names in capitals that
-// begin with LORAMUX are defined on the compiler's command line (compiler.py).
+// What all kernels share: the tables they read, and the product of the expand. Letters as in ops/: T tokens, I inputs,
+// R rank rows, O outputs, E experts. No header of the CUDA toolkit is needed, so that NVRTC alone can compile it. Names
+// in capitals that begin with LORAMUX are defined on the compiler's command line (compiler.py).
 #pragma once
+
+#include "ptx.cuh"
 
 namespace loramux {
 
-using u32 = unsigned int;
-using i64 = long long;
-using element = unsigned short;  // a bfloat16 or float16, by its bits
-
-constexpr int WARP = 32;
 constexpr int MMA_ROWS = 16;     // rows of one matrix product: rank rows in the shrink, tokens in the expand
 constexpr int CHUNK = 32;        // inputs that one 16-byte access of each of four lanes covers
 constexpr int COLUMNS = 64;      // outputs of one step of a warp in the expand
 constexpr int MAX_EXPERTS = LORAMUX_MAX_EXPERTS;  // gates.py
 constexpr int MAX_SLICES = 4;    // of a site
 constexpr int MAX_BLOCKS = 16;   // of 16 rank rows of one slice
-constexpr u32 ALL = 0xffffffffu;
 
 // Columns of a site's table row (sites.py): the head, then one part per slice.
 constexpr int HEAD = LORAMUX_TABLE_HEAD, PART = LORAMUX_TABLE_PART;
@@ -35,99 +31,7 @@ __device__ __forceinline__ Tile read_tile(const int* tiles, int index) {
 
 __device__ __forceinline__ int blocks_of(int size, int length) { return (size + length - 1) / length; }
 
-// 16 bytes: four registers of two elements each.
-struct Vector {
-  u32 words[4];
-};
-
-// Weights are read once per tile: they must not push x, h and y out of the nearest cache.
-__device__ __forceinline__ Vector load_weights(const element* p, bool live) {
-  Vector v = {};
-  if (live)
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
-                 : "l"(p));
-  return v;
-}
-
-__device__ __forceinline__ Vector load(const element* p, bool live) {
-  Vector v = {};
-  if (live)
-    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
-                 : "l"(p));
-  return v;
-}
-
-__device__ __forceinline__ void store(element* p, const Vector& v) {
-  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]),
-               "r"(v.words[3])
-               : "memory");
-}
-
-// Asynchronous copies of 16 bytes to shared memory; zeros if not live. What a lane copied it may read after `wait`.
-__device__ __forceinline__ void copy(Vector* to, const void* from, bool live) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(live ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void copy_cached(Vector* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(to))),
-               "l"(from)
-               : "memory");
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
-// Into the L2 cache: 128 bytes, or `bytes`, a multiple of 16, from a multiple of 16 on.
-__device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-__device__ __forceinline__ void prefetch_range(const void* p, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
-}
-
-struct BFloat16 {
-  // d[16 x 8] += a[16 x 16] · b[16 x 8]. Lane 4g + t holds of d rows g and g + 8, columns 2t and 2t + 1.
-  static __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  }
-  static __device__ __forceinline__ u32 pack(float low, float high) {
-    u32 v;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-  }
-  static __device__ __forceinline__ float low(u32 v) { return __uint_as_float(v << 16); }
-  static __device__ __forceinline__ float high(u32 v) { return __uint_as_float(v & 0xffff0000u); }
-};
-
-struct Float16 {
-  static __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  }
-  static __device__ __forceinline__ u32 pack(float low, float high) {
-    u32 v;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-  }
-  static __device__ __forceinline__ float low(u32 v) {
-    float f;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(v));
-    return f;
-  }
-  static __device__ __forceinline__ float high(u32 v) {
-    float f;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(v));
-    return f;
-  }
-};
-
-// One slice of one tile's adapter, from its row of the table.
+// One slice of one tile's adapter, as the table has it.
 struct Slice {
   const i64* part;
   const float* scales;

@@ -24,25 +24,6 @@ struct ShrinkArgs {
   int d_in, groups;
 };
 
-__device__ __forceinline__ int cluster_rank() {
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// The same place of shared memory in block `rank` of the cluster.
-__device__ __forceinline__ float load_of(const float* mine, int rank) {
-  float v;
-  asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.f32 %0, [a];}"
-               : "=f"(v)
-               : "r"(static_cast<u32>(__cvta_generic_to_shared(mine))), "r"(rank));
-  return v;
-}
-
 template <typename T>
 __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
   __shared__ float partial[WARPS][TOKENS][PITCH];
