@@ -1,10 +1,11 @@
 """One decode or prefill step of Llama-3-8B's linears, with and without adapters, as CUDA graphs. Needs no vLLM.
 
-    PYTHONPATH=kernels:tests/kernels python tests/benchmarks/kernel_step.py decode|mixtures|prefill|quick [BACKEND …]
+    PYTHONPATH=kernels python tests/benchmarks/kernel_step.py decode|mixtures|prefill|popularity|quick [BACKEND …]
 
 Every layer has weights of its own, so that no cache holds what a model would read from memory. Rows are CSV on
 standard output: device, backend, adapters' kind, tokens, adapters in the step, ms of the base linears, of these with
-all adapter ops, of the adapter ops alone, and the share of the base's speed, measured and at the byte floor.
+all adapter ops, of the adapter ops alone, and the share of the base's speed, measured and at the byte floor. Adapters
+0 is the cost of kernels that find nothing to do. Then lines SITE: µs of both ops at each of a layer's four sites.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 
 import loramux_kernels as lk
 from loramux_kernels import AdapterPool, SiteSpec, TokenGate
-from loramux_kernels.testing import mixed, random_adapter
+from loramux_kernels.plan import Ints
+from loramux_kernels.testing import POPULARITIES, mixed, ragged_batch, random_adapter
 
 DEVICE = "cuda"
 LAYERS = 32
@@ -83,19 +85,21 @@ def bandwidth() -> float:
     """Bytes per ms of a copy on this device, reads and writes counted."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    graph = capture(lambda: target.copy_(source))  # type: ignore[arg-type,return-value]
+    graph = capture(lambda: target.copy_(source))  # type: ignore[arg-type]
     return 2 * source.nbytes / milliseconds(graph)
 
 
-def full_pool(slots: int, rank: int, gate: TokenGate | None, tokens: int, backend: str) -> tuple[AdapterPool, int]:
-    """A pool full of adapters of `rank` on every module, and the bytes of one."""
+def full_pool(
+    slots: int, rank: int, gate: TokenGate | None, tokens: int, backend: str, *, ranks: tuple[int, ...] = ()
+) -> tuple[AdapterPool, int]:
+    """A pool full of adapters of `rank`, or of `ranks` in turn, on every module, and the bytes of one of `rank`."""
     specs = [
         SiteSpec(f"{layer}.{'_'.join(modules)}", tuple(f"{layer}.{m}" for m in modules), d_in, d_outs)
         for layer in range(LAYERS)
         for modules, d_in, d_outs in SHAPES
     ]
-    ranks = {m: rank for s in specs for m in s.modules}
-    gates = dict.fromkeys(ranks, gate) if gate is not None else {}
+    all_modules = [m for s in specs for m in s.modules]
+    gates = dict.fromkeys(all_modules, gate) if gate is not None else {}
 
     def pool(capacity: int) -> AdapterPool:
         return AdapterPool(
@@ -110,7 +114,7 @@ def full_pool(slots: int, rank: int, gate: TokenGate | None, tokens: int, backen
             backend=backend,
         )
 
-    one = pool(0).bytes_for(ranks, gates)
+    one = pool(0).bytes_for(dict.fromkeys(all_modules, rank), gates)
     made = pool(one * slots)
     generator = torch.Generator(DEVICE).manual_seed(0)
     first_layer = specs[: len(SHAPES)]
@@ -121,11 +125,12 @@ def full_pool(slots: int, rank: int, gate: TokenGate | None, tokens: int, backen
         expert = torch.arange(rank, device=DEVICE) * gate.experts // rank
         adapter = mixed(adapter, dict.fromkeys(modules, gate), generator)
         adapter = {module: w._replace(expert=expert) for module, w in adapter.items()}
-    for _ in range(slots):
-        slot = made.reserve(ranks, gates)
-        for module in ranks:
+    for i in range(slots):
+        r = ranks[i % len(ranks)] if ranks else rank
+        slot = made.reserve(dict.fromkeys(all_modules, r), gates)
+        for module in all_modules:
             w = adapter["0." + module.split(".")[1]]
-            made.write(slot, module, w.a, w.b, w.scale, router=w.router, expert=w.expert)
+            made.write(slot, module, w.a[:r], w.b[:r], w.scale[:r], router=w.router, expert=w.expert)
         made.publish(slot)
     made.warmup()
     torch.cuda.synchronize()
@@ -141,47 +146,68 @@ def base_weights() -> list[Tensor]:
     ]
 
 
-def time_steps(
+def time_batch(
     label: str,
     pool: AdapterPool,
-    adapter_bytes: int,
     weights: list[Tensor],
-    steps: tuple[tuple[int, tuple[int, ...]], ...],
+    which: Ints,
+    lengths: Ints,
+    adapter_bytes: int,
     bytes_per_ms: float,
 ) -> None:
-    for tokens, adapter_counts in steps:
-        xs = [torch.randn(tokens, d_in, device=DEVICE, dtype=torch.bfloat16) for _, d_in, _ in SHAPES]
-        ys = [torch.empty(tokens, sum(d_outs), device=DEVICE, dtype=torch.bfloat16) for _, _, d_outs in SHAPES]
+    """One row: requests of `lengths` tokens, each under the adapter in slot `which`, −1 for none."""
+    tokens, count = int(lengths.sum()), len(set(which[which >= 0].tolist()))
+    xs = [torch.randn(tokens, d_in, device=DEVICE, dtype=torch.bfloat16) for _, d_in, _ in SHAPES]
+    ys = [torch.empty(tokens, sum(d_outs), device=DEVICE, dtype=torch.bfloat16) for _, _, d_outs in SHAPES]
 
-        def step(base: bool, adapters: bool, xs: list[Tensor] = xs, ys: list[Tensor] = ys) -> None:
-            for i, site in enumerate(pool.site_ids):
-                x, y = xs[i % len(SHAPES)], ys[i % len(SHAPES)]
-                if adapters:
-                    h = lk.shrink(x, site, pool.h_width(i))
-                if base:
-                    torch.mm(x, weights[i].t(), out=y)
-                if adapters:
-                    lk.expand(y, h, site)
+    def step(base: bool, adapters: bool) -> None:
+        for i, site in enumerate(pool.site_ids):
+            x, y = xs[i % len(SHAPES)], ys[i % len(SHAPES)]
+            if adapters:
+                h = lk.shrink(x, site, pool.h_width(i))
+            if base:
+                torch.mm(x, weights[i].t(), out=y)
+            if adapters:
+                lk.expand(y, h, site)
 
-        pool.set_idle(True)
-        graphs = {
-            name: capture(lambda n=name, s=step: s("base" in n, "adapters" in n))  # type: ignore[misc]
-            for name in ("base", "adapters", "base+adapters")
-        }
-        base = milliseconds(graphs["base"])
-        for count in (0, *adapter_counts):
-            requests = np.arange(min(tokens, 256), dtype=np.int32)
-            lengths = np.full(requests.size, tokens // requests.size, np.int32)
-            if count:
-                pool.set_batch(requests % count, lengths)
-            else:  # what kernels without work cost
-                pool.set_idle(True)
-            alone, together = milliseconds(graphs["adapters"]), milliseconds(graphs["base+adapters"])
-            floor = base / (base + count * adapter_bytes / bytes_per_ms)
-            say(
-                f"STEP,{torch.cuda.get_device_name().replace(',', ' ')},{label},{tokens},{count},"
-                f"{base:.3f},{together:.3f},{alone:.3f},{base / together:.3f},{floor:.3f}"
-            )
+    pool.set_idle(True)
+    base_graph, adapter_graph, both_graph = (
+        capture(lambda b=base, a=adapters: step(b, a))  # type: ignore[misc]
+        for base, adapters in ((True, False), (False, True), (True, True))
+    )
+    if count:
+        pool.set_batch(which, lengths)
+    base, alone, both = (milliseconds(graph) for graph in (base_graph, adapter_graph, both_graph))
+    floor = base / (base + adapter_bytes / bytes_per_ms)
+    say(
+        f"STEP,{torch.cuda.get_device_name().replace(',', ' ')},{label},{tokens},{count},"
+        f"{base:.3f},{both:.3f},{alone:.3f},{base / both:.3f},{floor:.3f}"
+    )
+
+
+def site_times(label: str, pool: AdapterPool, tokens: int, count: int) -> None:
+    """µs of both ops at each site of a layer, averaged over the layers."""
+    pool.set_batch(np.arange(tokens, dtype=np.int32) % count, np.ones(tokens, np.int32))
+    times = []
+    for site, (_, d_in, d_outs) in enumerate(SHAPES):
+        x = torch.randn(tokens, d_in, device=DEVICE, dtype=torch.bfloat16)
+        y = torch.empty(tokens, sum(d_outs), device=DEVICE, dtype=torch.bfloat16)
+
+        def ops(site: int = site, x: Tensor = x, y: Tensor = y) -> None:
+            for i in range(site, len(pool.site_ids), len(SHAPES)):
+                lk.expand(y, lk.shrink(x, pool.site_ids[i], pool.h_width(i)), pool.site_ids[i])
+
+        times.append(1000 * milliseconds(capture(ops)) / LAYERS)
+    say(f"SITE,{label},{tokens},{count}," + ",".join(f"{time:.1f}" for time in times))
+
+
+def popularity_steps(backend: str, weights: list[Tensor], bytes_per_ms: float) -> None:
+    """64 requests over adapters of ranks 8 to 128 as traffic picks them."""
+    pool, _ = full_pool(64, 128, None, 2048, backend, ranks=(8, 16, 32, 64, 128))
+    rng = np.random.default_rng(0)
+    for popularity in POPULARITIES:
+        which, _ = ragged_batch(popularity, rng=rng, requests=64, adapters=64, tokens=64, base_share=0)
+        time_batch(f"{backend},ranks8-128 {popularity}", pool, weights, which, np.ones(64, np.int32), 0, bytes_per_ms)
 
 
 def main(part: str, backends: list[str]) -> None:
@@ -189,10 +215,19 @@ def main(part: str, backends: list[str]) -> None:
     say(f"COPY,{bytes_per_ms / 1e9:.2f} TB/s")
     weights = base_weights()
     for backend in backends:
+        if part == "popularity":
+            popularity_steps(backend, weights, bytes_per_ms)
+            continue
         for kind, rank, gate, steps in PARTS[part]:
             most = max(count for _, counts in steps for count in counts)
             pool, nbytes = full_pool(most, rank, gate, max(2048, *(tokens for tokens, _ in steps)), backend)
-            time_steps(f"{backend},{kind}", pool, nbytes, weights, steps, bytes_per_ms)
+            for tokens, adapter_counts in steps:
+                requests = np.arange(min(tokens, 256), dtype=np.int32)
+                lengths = np.full(requests.size, tokens // requests.size, np.int32)
+                for count in (0, *adapter_counts):
+                    which = requests % count if count else np.full_like(requests, -1)
+                    time_batch(f"{backend},{kind}", pool, weights, which, lengths, count * nbytes, bytes_per_ms)
+            site_times(f"{backend},{kind}", pool, 64, most)
             del pool
             torch.cuda.empty_cache()
 

@@ -1,11 +1,10 @@
-"""The CUDA path on a real GPU, without pytest and without vLLM.
+"""The GPU path on a real GPU, without pytest and without vLLM.
 
-    PYTHONPATH=kernels python tests/kernels/gpu_check.py [check|time]
+    PYTHONPATH=kernels python tests/kernels/gpu_check.py
 
-First correctness (lines OK and FAIL; a FAIL makes the exit status 1), then the time of one Llama-3-8B step made of
-its linears alone, as CUDA graphs: the base GEMMs, and these with all adapter ops, bfloat16. Lines STEP: plain
-adapters of rank 16; lines MIX: mixtures of 8 experts of rank 16, two per token; lines WIDE: plain adapters of the
-mixtures' rank 128, which tells what the gate costs and what its skipped rows save.
+Every backend's own kernels against float64: lines OK and FAIL; a FAIL makes the exit status 1. float32 runs Triton's
+kernels, bfloat16 and float16 the CUDA ones where they fit; `LORAMUX_KERNELS=triton` makes it Triton everywhere. Times
+are measured by tests/benchmarks/kernel_step.py.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ OUTPUTS = (*[("", "")] * 4, ("qkd", "vod"), ("qo", "q"), ("kod", "qd"), ("", "kv
 """Modules with a mag and with a bias, of the same adapters; "q" of the sixth has no rank."""
 LENGTHS = (1, 8, 16, 64, 128, 300, 1000, 2000)
 PADDING = 5
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 failures = 0
 
 
@@ -215,152 +214,12 @@ def check_launches() -> None:
         report(seen == [0, 2, 0], f"launches for base rows, a mixed batch, idle: {seen}")
 
 
-LAYERS = 32
-SHAPES = (
-    (("q", "k", "v"), 4096, (4096, 1024, 1024)),
-    (("o",), 4096, (4096,)),
-    (("gate", "up"), 4096, (14336, 14336)),
-    (("down",), 14336, (4096,)),
-)
-
-
-# Tokens of the step, and among how many adapters its requests are spread. The last two are prefill.
-STEPS = (
-    (1, (1,)),
-    (8, (1, 8)),
-    (32, (1, 8, 32)),
-    (64, (1, 8, 32, 64)),
-    (128, (1, 8, 32, 64)),
-    (512, (1, 8, 64)),
-    (2048, (1, 8)),
-)
-MIXTURE, MIXTURE_RANK = TokenGate(8, "top_k", k=2), 8 * 16
-MIXTURE_STEPS = ((64, (1, 8)),)
-
-
-def milliseconds(graph: torch.cuda.CUDAGraph) -> float:
-    """Median of five runs of ten replays."""
-    for _ in range(3):
-        graph.replay()
-    runs = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        for _ in range(10):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        runs.append(float(begin.elapsed_time(end)) / 10)
-    return sorted(runs)[2]
-
-
-def llama_pool(slots: int, rank: int, gate: TokenGate | None = None) -> AdapterPool:
-    """A pool full of adapters of `rank` on every module, mixtures where there is a gate."""
-    specs = [
-        SiteSpec(f"{layer}.{'_'.join(modules)}", tuple(f"{layer}.{m}" for m in modules), d_in, d_outs)
-        for layer in range(LAYERS)
-        for modules, d_in, d_outs in SHAPES
-    ]
-    ranks = {m: rank for s in specs for m in s.modules}
-    gates = dict.fromkeys(ranks, gate) if gate is not None else {}
-    sizing = {
-        "slots": slots,
-        "max_rank": max(64, rank),
-        "max_tokens": 2048,
-        "max_requests": 256,
-        "dtype": torch.bfloat16,
-        "device": DEVICE,
-    }
-    one = AdapterPool(specs, capacity_bytes=0, **sizing).bytes_for(ranks, gates)  # type: ignore[arg-type]
-    pool = AdapterPool(specs, capacity_bytes=one * slots, **sizing)  # type: ignore[arg-type]
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    modules = [m for s in specs[: len(SHAPES)] for m in s.modules]
-    first = random_adapter(specs[: len(SHAPES)], dict.fromkeys(modules, rank), torch.bfloat16, generator)
-    if gate is not None:
-        # Experts of equal rank, one behind the other, as checkpoints have them.
-        expert = torch.arange(rank, device=DEVICE) * gate.experts // rank
-        first = mixed(first, dict.fromkeys(modules, gate), generator)
-        first = {module: w._replace(expert=expert) for module, w in first.items()}
-    reserve_s = write_s = 0.0
-    for _ in range(slots):
-        at = time.perf_counter()
-        slot = pool.reserve(ranks, gates)
-        reserve_s += time.perf_counter() - at
-        at = time.perf_counter()
-        for module in ranks:
-            w = first["0." + module.split(".")[1]]
-            pool.write(slot, module, w.a, w.b, w.scale, router=w.router, expert=w.expert)
-        pool.publish(slot)
-        torch.cuda.synchronize()
-        write_s += time.perf_counter() - at
-    sys.stdout.write(
-        f"LOAD adapter of {one >> 20} MiB from device memory: reserve {reserve_s / slots * 1e3:.1f} ms, "
-        f"write and publish {write_s / slots * 1e3:.1f} ms; beside the arena {pool.overhead_bytes >> 20} MiB\n"
-    )
-    began = time.perf_counter()
-    pool.warmup()
-    torch.cuda.synchronize()
-    sys.stdout.write(f"WARMUP {time.perf_counter() - began:.1f} s\n")
-    return pool
-
-
-def base_weights() -> list[Tensor]:
-    return [
-        torch.randn(d_in, sum(d_outs), device=DEVICE, dtype=torch.bfloat16) * d_in**-0.5
-        for _ in range(LAYERS)
-        for _, d_in, d_outs in SHAPES
-    ]
-
-
-def time_steps(
-    label: str, pool: AdapterPool, weights: list[Tensor], steps: tuple[tuple[int, tuple[int, ...]], ...]
-) -> None:
-    for tokens, adapter_counts in steps:
-        xs = [torch.randn(tokens, d_in, device=DEVICE, dtype=torch.bfloat16) for _, d_in, _ in SHAPES]
-        ys = [torch.empty(tokens, sum(d_outs), device=DEVICE, dtype=torch.bfloat16) for _, _, d_outs in SHAPES]
-
-        def step(base: bool, adapters: bool, xs: list[Tensor] = xs, ys: list[Tensor] = ys) -> None:
-            for i, site in enumerate(pool.site_ids):
-                x, y = xs[i % len(SHAPES)], ys[i % len(SHAPES)]
-                if adapters:
-                    h = lk.shrink(x, site, pool.h_width(i))
-                if base:
-                    torch.mm(x, weights[i], out=y)
-                if adapters:
-                    lk.expand(y, h, site)
-
-        pool.set_idle(True)
-        graphs = {
-            name: capture(lambda n=name, s=step: s("base" in n, "adapters" in n))  # type: ignore[misc]
-            for name in ("base", "adapters", "base+adapters")
-        }
-        base = milliseconds(graphs["base"])
-        empty = milliseconds(graphs["adapters"])
-        line = f"{label} tokens {tokens:4d} base {base:.3f} ms | adapter ops over an empty plan {empty:.3f}"
-        for count in adapter_counts:
-            requests = np.arange(min(tokens, 256), dtype=np.int32)
-            lengths = np.full(requests.size, tokens // requests.size, np.int32)
-            at = time.perf_counter()
-            pool.set_batch(requests % count, lengths)
-            plan_us = (time.perf_counter() - at) * 1e6
-            alone, together = milliseconds(graphs["adapters"]), milliseconds(graphs["base+adapters"])
-            line += f" | {count} adapters: alone {alone:.3f} step {together:.3f} ({100 * (together / base - 1):+.1f} %)"
-        sys.stdout.write(f"{line} | plan {plan_us:.0f} us\n")
-        sys.stdout.flush()
-
-
 if __name__ == "__main__":
     import triton  # type: ignore[import-untyped]
 
     sys.stdout.write(f"DEVICE {torch.cuda.get_device_name()} torch {torch.__version__} triton {triton.__version__}\n")
     with torch.no_grad():
-        if sys.argv[1:] != ["time"]:
-            for tested in (torch.float32, torch.bfloat16):
-                check(tested)
-            check_launches()
-        if sys.argv[1:] != ["check"]:
-            weights = base_weights()
-            time_steps("STEP", llama_pool(64, 16), weights, STEPS)
-            time_steps("WIDE", llama_pool(8, MIXTURE_RANK), weights, MIXTURE_STEPS)
-            time_steps("MIX ", llama_pool(8, MIXTURE_RANK, MIXTURE), weights, MIXTURE_STEPS)
+        for tested in (torch.float32, torch.bfloat16, torch.float16):
+            check(tested)
+        check_launches()
     sys.exit(failures > 0)
