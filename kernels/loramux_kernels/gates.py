@@ -2,15 +2,17 @@
 
     p = softmax_E(|l| / temperature)                     |·| only if `absolute`
     g = p where selected, else 0;   if `renormalise`: g / (Σ_E g + eps);   if `one`: 1 where selected, else 0
+    g_TG = Σ_{e in group} g_Te                           only with `groups`
 
-T tokens · E experts. The arithmetic is float32 (float64 for float64 weights) whatever the dtype of the weights.
+T tokens · E experts · G groups. The arithmetic is float32 (float64 for float64 weights) whatever the dtype of the
+weights.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -21,9 +23,11 @@ MAX_EXPERTS = 16
 
 Select = Literal["all", "top_k", "top_p", "threshold"]
 
-ABSOLUTE, RENORMALISE, ONE = 1, 2, 4
+ABSOLUTE, RENORMALISE, ONE, GROUPED = 1, 2, 4, 8
 """Bits of the flags in `packed`."""
-GATE_FIELDS = 6
+GROUPS_PER_WORD = 4
+"""Groups are sets of experts in 16 bits each, four to an int64."""
+GATE_FIELDS = 6 + MAX_EXPERTS // GROUPS_PER_WORD
 """Length of `packed`."""
 
 
@@ -34,6 +38,9 @@ class TokenGate:
     all · top_k: the `k` most probable (all if k > experts) · top_p: the most probable first, up to and including the
     one whose sum reaches `p` · threshold: those with probability of at least `threshold`. Between equal
     probabilities the lower index comes first. A token that selects none gets nothing from the adapter.
+
+    `groups`, for experts that share rank rows: bit e of groups[i] says that group i takes the weight of expert e; an
+    expert may be in several. Rank rows then belong to groups instead of experts.
 
     Raises ValueError naming the field.
     """
@@ -48,6 +55,7 @@ class TokenGate:
     temperature: float = 1.0
     absolute: bool = False
     one: bool = False
+    groups: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.experts <= MAX_EXPERTS:
@@ -63,9 +71,23 @@ class TokenGate:
         if _float32("temperature", self.temperature) <= 0:
             raise ValueError(f"temperature: {self.temperature}, must be positive")
         _float32("threshold", self.threshold)
+        if len(self.groups) > MAX_EXPERTS:
+            raise ValueError(f"groups: {len(self.groups)}, must be at most {MAX_EXPERTS}")
+        if any(not 0 < group < 1 << self.experts for group in self.groups):
+            raise ValueError(f"groups: each must hold some of the experts 0 to {self.experts - 1}")
+
+    @property
+    def weights(self) -> int:
+        """How many weights a token gets, one per group or else per expert: what rank rows belong to."""
+        return len(self.groups) or self.experts
+
+    @property
+    def router(self) -> TokenGate:
+        """The gate without its groups: what it decides about experts."""
+        return replace(self, groups=()) if self.groups else self
 
     def packed(self) -> tuple[int, ...]:
-        """k, flags, and the bits of p, threshold, eps and temperature as float32, for the device.
+        """k, flags, the bits of p, threshold, eps and temperature as float32, and the groups, for the device.
 
         A kernel selects what passes all three selections; those that this gate does not use let everything pass.
         """
@@ -73,7 +95,9 @@ class TokenGate:
         p = self.p if self.select == "top_p" else math.inf
         threshold = self.threshold if self.select == "threshold" else -math.inf
         flags = ABSOLUTE * self.absolute | RENORMALISE * self.renormalise | ONE * self.one
-        return k, flags, *(_bits(value) for value in (p, threshold, self.eps, self.temperature))
+        flags |= GROUPED * bool(self.groups)
+        words = struct.unpack("<4q", struct.pack("<16H", *self.groups, *[0] * (MAX_EXPERTS - len(self.groups))))
+        return k, flags, *(_bits(value) for value in (p, threshold, self.eps, self.temperature)), *words
 
 
 def check_experts(module: str, expert: Tensor, experts: int) -> None:

@@ -215,10 +215,10 @@ class AdapterPool:
     ) -> int:
         """Copy one module's `a_RI`, `b_RO` (B transposed) and `scale_R` into the reservation; returns bytes copied.
 
-        A module reserved with a gate, and no other, needs `router_EI` and `expert_R`: which expert each rank row
-        belongs to. Likewise one reserved with mag or bias needs `mag_O` or `bias_O`. Converts to the pool's dtypes.
-        Raises UnknownModule, UnknownSlot, WrongShape, or ValueError for an array too many or too few and for
-        experts that do not exist, before it copies anything.
+        A module reserved with a gate, and no other, needs `router_EI` and `expert_R`: which expert, or group of
+        experts, each rank row belongs to. Likewise one reserved with mag or bias needs `mag_O` or `bias_O`. Converts to
+        the pool's dtypes. Raises UnknownModule, UnknownSlot, WrongShape, or ValueError for an array too many or too few
+        and for experts that do not exist, before it copies anything.
         """
         i, j = self._find(module)
         resident = self._resident(slot)
@@ -245,7 +245,7 @@ class AdapterPool:
             if tensor.shape != target.shape:
                 raise WrongShape(module, name, tuple(tensor.shape), tuple(target.shape))
         if part.gate is not None and expert is not None:
-            check_experts(module, expert, part.gate.rule.experts)
+            check_experts(module, expert, part.gate.rule.weights)
         for tensor, target in copies.values():
             target.copy_(tensor, non_blocking=tensor.is_pinned())
         resident.unwritten.discard(module)
@@ -319,12 +319,12 @@ class AdapterPool:
     # ---- helpers
 
     def _gates(self, slot: int) -> dict[TokenGate, list[int]]:
-        """Gates of a slot's adapter by their rule, as the trace numbers them."""
+        """Gates of a slot's adapter by what they decide about experts, as the trace numbers them."""
         found: dict[TokenGate, list[int]] = {}
         for i, piece in self._residents[slot].pieces.items():
             for j, part in enumerate(piece.layout.parts):
                 if part.gate is not None:
-                    found.setdefault(part.gate, []).append(self._sites[i].first_gate + j)
+                    found.setdefault(part.gate.router, []).append(self._sites[i].first_gate + j)
         return found
 
     def _find(self, module: str) -> tuple[int, int]:

@@ -53,7 +53,7 @@ class SiteSpec:
 
 @dataclass(frozen=True)
 class SliceGate:
-    """A slice's gate, the columns of h (and rows of A) that hold its router, and its int32 `expert_R`."""
+    """A slice's gate, the columns of h (and rows of A) that hold its router, and its int32 `expert_R` (or group)."""
 
     rule: TokenGate
     logits: slice

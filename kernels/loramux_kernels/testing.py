@@ -93,7 +93,7 @@ def mixed(adapter: Adapter, gates: Mapping[str, TokenGate], generator: torch.Gen
     for module, gate in gates.items():
         w = made[module]
         router = torch.randn(gate.experts, w.a.shape[1], generator=generator, device=device) * w.a.shape[1] ** -0.5
-        expert = torch.randint(gate.experts, (w.a.shape[0],), generator=generator, device=device)
+        expert = torch.randint(gate.weights, (w.a.shape[0],), generator=generator, device=device)
         made[module] = w._replace(gate=gate, router=router.to(w.a.dtype), expert=expert)
     return made
 
@@ -163,7 +163,10 @@ class Gates(NamedTuple):
 
 
 def exact_gates(gate: TokenGate, logits: Tensor) -> Gates:
-    """The gate of float64 `logits_TE` by sorting. A margin is a distance between scores or between probabilities."""
+    """The gate of float64 `logits_TE` by sorting: `g_TE`, or `g_TG` with groups.
+
+    A margin is a distance between scores or between probabilities.
+    """
     scores = (logits.abs() if gate.absolute else logits) / gate.temperature
     p, order = torch.softmax(scores, 1).sort(dim=1, descending=True, stable=True)
     before = p.cumsum(1) - p
@@ -188,7 +191,11 @@ def exact_gates(gate: TokenGate, logits: Tensor) -> Gates:
         value = torch.where(keep.any(1, keepdim=True), value / (value.sum(1, keepdim=True) + gate.eps), 0)
     if gate.one:
         value = keep.to(p.dtype)
-    return Gates(torch.zeros_like(p).scatter(1, order, value), margin)
+    g = torch.zeros_like(p).scatter(1, order, value)
+    if gate.groups:
+        member = [[group >> e & 1 for group in gate.groups] for e in range(gate.experts)]
+        g = g @ torch.tensor(member, dtype=torch.float64, device=p.device)
+    return Gates(g, margin)
 
 
 def gate_error(gate: TokenGate, logits: Tensor) -> Tensor:
@@ -295,7 +302,7 @@ def worst_trace(
         for gate, logits in zip(routed.gates, routed.logits, strict=True):
             spec, module = modules[gate]
             w = adapters[routed.slot][module]
-            if w.router is None or w.gate != routed.rule:
+            if w.router is None or w.gate is None or w.gate.router != routed.rule:
                 return float("inf")
             if spec.name not in x:
                 continue

@@ -20,7 +20,7 @@ from loramux_kernels.plan import Ints
 TRACE_TOKENS = 256
 
 GatesOfSlot = Mapping[int, Mapping[TokenGate, list[int]]]
-"""slot -> rule -> which gates of the pool follow it there."""
+"""slot -> rule, without groups of experts -> which gates of the pool follow it there."""
 
 
 class Routed(NamedTuple):

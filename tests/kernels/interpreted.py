@@ -49,7 +49,10 @@ MIXED: tuple[dict[str, TokenGate], ...] = (
         "o": TokenGate(16, "top_p", p=0.7, temperature=0.5),
     },
     {"q": TokenGate(8, "top_k", k=2), "o": TokenGate(5, "top_k", k=3, absolute=True, one=True)},
-    {"k": TokenGate(6, "threshold", threshold=0.22), "v": TokenGate(7, eps=1e-3)},
+    {
+        "k": TokenGate(6, "threshold", threshold=0.22),
+        "v": TokenGate(7, eps=1e-3, groups=(0b0011011, 0b1000000, 0b1111111)),
+    },
     {},
 )
 # Modules with a mag and with a bias, of the same adapters; the last has neither. "q" of the third has no rank.
@@ -158,6 +161,7 @@ def check_ties(rule: TokenGate) -> bool:
 TIES = (
     TokenGate(8, "top_k", k=2),
     TokenGate(8, "top_p", p=0.5),
+    TokenGate(16, "top_k", k=5, groups=tuple(1 << e for e in reversed(range(16)))),
     TokenGate(10, "threshold", threshold=0.1),
     TokenGate(4, "threshold", threshold=2.0),
 )

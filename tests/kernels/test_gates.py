@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,9 +39,16 @@ RULES = st.builds(
 )
 
 
+@st.composite
+def grouped(draw: st.DrawFn) -> TokenGate:
+    """Any sets of experts: disjoint, overlapping, equal, and experts in none."""
+    rule = draw(RULES)
+    return replace(rule, groups=tuple(draw(st.lists(st.integers(1, (1 << rule.experts) - 1), max_size=MAX_EXPERTS))))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=150, deadline=None)
-@given(rule=RULES, seed=st.integers(0, 2**31))
+@given(rule=RULES | grouped(), seed=st.integers(0, 2**31))
 def test_against_sorting_in_float64(backend: str, rule: TokenGate, seed: int) -> None:
     logits = torch.randn(24, rule.experts, generator=torch.Generator().manual_seed(seed))
     want = exact_gates(rule, logits.double())
@@ -74,6 +82,10 @@ def test_against_sorting_in_float64(backend: str, rule: TokenGate, seed: int) ->
         (TokenGate(2, "top_k", k=1, eps=0.5), [0, 0], [0.5, 0]),
         (TokenGate(1, "top_k", k=1), [-7], [1]),
         (TokenGate(2, temperature=0.5), [math.log(3) / 2, 0], [0.75, 0.25]),
+        # Experts 0 and 2 share rows; 3 has some of its own beside those of all four.
+        (TokenGate(4, groups=(0b0101, 0b0010, 0b1111, 0b1000)), [0, 0, 0, 0], [0.5, 0.25, 1, 0.25]),
+        (TokenGate(4, "top_k", k=2, one=True, groups=(0b0101, 0b1010)), [3, 0, 3, 0], [2, 0]),
+        (TokenGate(16, "top_k", k=1, groups=tuple(1 << e for e in range(16))), [0] * 15 + [1], [0] * 15 + [1]),
     ],
     ids=str,
 )
@@ -98,6 +110,10 @@ def test_by_hand(backend: str, rule: TokenGate, scores: list[float], want: list[
         ("temperature", {"temperature": 0.0}),
         ("temperature", {"temperature": 1e-60}),
         ("temperature", {"temperature": 1e60}),
+        ("groups", {"groups": (0,)}),
+        ("groups", {"groups": (1, 0b10000)}),
+        ("groups", {"groups": (-1,)}),
+        ("groups", {"groups": (1,) * (MAX_EXPERTS + 1)}),
     ],
 )
 def test_a_rule_that_makes_no_sense_is_refused_by_field(field: str, values: dict[str, Any]) -> None:

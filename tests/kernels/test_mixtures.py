@@ -50,6 +50,15 @@ ADAPTERS: tuple[tuple[Mapping[str, int], Mapping[str, TokenGate]], ...] = (
     ({"q": 24, "v": 8, "o": 64}, {}),
     ({"k": 64, "o": 64}, {"k": TokenGate(2, eps=1e-6), "o": TokenGate(16, "top_k", k=5, temperature=2.0)}),
     ({"o": 9}, {"o": TokenGate(7, "threshold", threshold=0.15, absolute=True)}),
+    # Experts that share rows, in as many groups as there may be, with members in several or none.
+    (
+        {"q": 20, "v": 6, "o": 30},
+        {
+            "q": TokenGate(8, "top_k", k=2, groups=(0b00010011, 0b11101100)),
+            "v": TokenGate(16, "top_k", k=3, groups=tuple(1 << e | 1 << (e + 5) % 16 for e in range(16))),
+            "o": TokenGate(3, groups=(0b111, 0b100)),
+        },
+    ),
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 BACKENDS = ("cpu", "reference")
@@ -204,12 +213,12 @@ def test_plain_rows_have_the_bits_of_a_pool_without_mixtures(backend: str) -> No
     slots = np.array([*(load(mixing, a) for a in adapters), load(mixing, plain), -1], np.int32)
     slot = load(alone, plain)
     which = rng.permutation([*range(-1, len(adapters)), *[len(adapters)] * 4]).astype(np.int32)
-    lengths = np.full(10, 6, np.int32)
+    lengths = np.full(len(which), 5, np.int32)
     mine = which == len(adapters)
     rows = torch.from_numpy(np.repeat(mine, lengths))
     for index, spec in enumerate(SPECS):
-        x = torch.randn(60, spec.d_in, generator=generator)
-        y = torch.randn(60, sum(spec.d_outs), generator=generator)
+        x = torch.randn(lengths.sum(), spec.d_in, generator=generator)
+        y = torch.randn(lengths.sum(), sum(spec.d_outs), generator=generator)
         mixing.set_batch(slots[which], lengths)
         alone.set_batch(np.where(mine, slot, -1).astype(np.int32), lengths)
         assert same_bits(apply(mixing, index, x, y)[rows], apply(alone, index, x, y)[rows])

@@ -1,6 +1,8 @@
-"""g_TE = gate(l_TE) for all tokens of an adapter at once."""
+"""g_TE = gate(l_TE) for all tokens of an adapter at once; g_TG where experts are grouped."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -14,7 +16,18 @@ def probabilities(rule: TokenGate, logits: Tensor) -> Tensor:
 
 
 def gate(rule: TokenGate, logits: Tensor) -> Tensor:
-    """Weight of each expert, `g_TE`, for `logits_TE`; dtype of the logits. Definition: `gates.py`."""
+    """Weight of each expert or group for `logits_TE`; dtype of the logits. Definition: `gates.py`."""
+    g = _expert_weights(rule, logits)
+    return g @ members(rule.groups, rule.experts).to(g) if rule.groups else g
+
+
+@functools.lru_cache(maxsize=4096)
+def members(groups: tuple[int, ...], experts: int) -> Tensor:
+    """1 where expert e is in the group, `m_EG`."""
+    return torch.tensor([[group >> e & 1 for group in groups] for e in range(experts)], dtype=torch.float32)
+
+
+def _expert_weights(rule: TokenGate, logits: Tensor) -> Tensor:
     p = probabilities(rule, logits)
     if rule.select == "all":
         selected = torch.ones_like(p, dtype=torch.bool)

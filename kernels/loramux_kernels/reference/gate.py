@@ -9,7 +9,7 @@ from loramux_kernels.gates import TokenGate
 
 
 def gate(rule: TokenGate, logits: Tensor) -> Tensor:
-    """Weight of each expert for a token with these `logits` [E], in their dtype."""
+    """Weight of each expert, or of each group, for a token with these `logits` [E], in their dtype."""
     scores = (logits.abs() if rule.absolute else logits) / rule.temperature
     p = torch.softmax(scores, 0)
     ranked = sorted(range(rule.experts), key=lambda e: (-float(p[e]), e))
@@ -23,4 +23,6 @@ def gate(rule: TokenGate, logits: Tensor) -> Tensor:
     if ranked:
         total = p[ranked].sum() + rule.eps if rule.renormalise else 1
         g[ranked] = torch.ones_like(p[ranked]) if rule.one else p[ranked] / total
-    return g
+    if not rule.groups:
+        return g
+    return torch.stack([g[[e for e in range(rule.experts) if group >> e & 1]].sum() for group in rule.groups])

@@ -11,6 +11,8 @@ from loramux_kernels import gates
 ABSOLUTE = tl.constexpr(gates.ABSOLUTE)
 RENORMALISE = tl.constexpr(gates.RENORMALISE)
 ONE = tl.constexpr(gates.ONE)
+GROUPED = tl.constexpr(gates.GROUPED)
+GROUPS_PER_WORD = tl.constexpr(gates.GROUPS_PER_WORD)
 
 
 @triton.jit
@@ -36,7 +38,7 @@ def logits(experts, h_rows, plane, mt, SPLITS: tl.constexpr, BT: tl.constexpr, E
 
 @triton.jit
 def gate(rule, experts, scores, BT: tl.constexpr, EXPERTS: tl.constexpr):
-    """Weights [BT, EXPERTS] for these logits, zero beyond `experts`. `rule`: `TokenGate.packed` in the table."""
+    """Weights [BT, EXPERTS] of experts, or of groups, and zeros. `rule`: `TokenGate.packed` in the table."""
     k = tl.load(rule).to(tl.int32)
     flags = tl.load(rule + 1).to(tl.int32)
     p_sum, threshold, eps, temperature = _real(rule + 2), _real(rule + 3), _real(rule + 4), _real(rule + 5)
@@ -59,4 +61,13 @@ def gate(rule, experts, scores, BT: tl.constexpr, EXPERTS: tl.constexpr):
     g = tl.where(selected, p, 0.0)
     total = tl.sum(g, 1)[:, None]
     divisor = tl.where(((flags & RENORMALISE) != 0) & (total > 0), total + eps, 1.0)
-    return tl.where((flags & ONE) != 0, selected.to(tl.float32), g / divisor)
+    g = tl.where((flags & ONE) != 0, selected.to(tl.float32), g / divisor)
+    if (flags & GROUPED) != 0:
+        group = tl.arange(0, EXPERTS)
+        experts_of = tl.load(rule + 6 + group // GROUPS_PER_WORD) >> (group % GROUPS_PER_WORD * 16)
+        total_of = tl.zeros((BT, EXPERTS), tl.float32)
+        for expert in range(experts):
+            g_expert = tl.sum(tl.where(e == expert, g, 0.0), 1)[:, None]
+            total_of += tl.where(((experts_of >> expert) & 1)[None, :] != 0, g_expert, 0.0)
+        g = total_of
+    return g
