@@ -105,7 +105,8 @@ class Gate:
                      ADAPTIVE: τ(x) = tau_max · σ(adaptive_weight [d_src] · v + adaptive_bias [1])
     eps              RENORM: added to the sum
     expert_map       [E] int32; groups are numbered in the order of their first expert, so that every grouping has
-                     one map, and the only map that keeps E experts is the identity
+                     one map, and the only map that keeps E experts is the identity. With it g'[E' + e] = g[e] too: a
+                     scored expert may have rows of its own beside its group's
 
     Tensors are float32, bfloat16 or float16 as they are stored; scores are float32 whatever that is.
     """
@@ -144,6 +145,11 @@ class Gate:
     def experts(self) -> int:
         """E': experts that have weights."""
         return self.scored if self.expert_map is None else int(self.expert_map.max()) + 1
+
+    @property
+    def weights_given(self) -> int:
+        """How many weights a token gets: what an index in a site's `expert` may name."""
+        return self.experts if self.expert_map is None else self.experts + self.scored
 
     @property
     def width(self) -> int | None:

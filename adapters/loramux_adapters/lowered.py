@@ -59,7 +59,7 @@ class LoweredSite:
                              magnitude or a bias
     scale      [R]           float32
     gate       which of the adapter's gates gives g; None: g = 1
-    expert     [R] int32     whose rank it is; None: all are expert 0's
+    expert     [R] int32     whose rank it is, an index of g or g' (`gate.py`); None: all are expert 0's
     arow       [R] int32     which row of a it reads (experts may share rows); None: its own, R_a = R
     magnitude  [d_out], or [E', d_out]: one per expert, gated like the ranks (DoRA; b holds its share already); positive
     bias       [d_out]

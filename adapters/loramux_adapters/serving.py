@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 
-import torch
-
 from loramux_adapters.errors import AdapterUnsupportedFeature, shown
 from loramux_adapters.gate import Gate, GateKind, GateSource, GateValue, Norm, PostMap, PreMap, Select
 from loramux_adapters.lowered import LoweredAdapter
+from loramux_adapters.token_gates import used_weights
 
 MAX_EXPERTS = 16
 _SELECTIONS = (Select.ALL, Select.TOP_K, Select.TOP_P, Select.THRESHOLD)
@@ -40,6 +39,8 @@ def _obstacles(adapter: LoweredAdapter) -> Iterator[tuple[str, str]]:
         for field in ("carry", "variance"):
             if getattr(site, field) is not None:
                 yield f"sites.{module}.{field}", "is not run yet"
+        if site.gate is not None and (count := len(used_weights(adapter.gates[site.gate], site))) > MAX_EXPERTS:
+            yield f"sites.{module}.expert", f"{count} groups and single experts are more than {MAX_EXPERTS}"
 
 
 def _gate_obstacles(gate: Gate) -> Iterator[tuple[str, str]]:
@@ -63,11 +64,6 @@ def _gate_obstacles(gate: Gate) -> Iterator[tuple[str, str]]:
             yield field, "is not run yet"
     if gate.scored > MAX_EXPERTS:
         yield "weights", f"{gate.scored} experts are more than {MAX_EXPERTS}"
-    # The only map that keeps all experts is the identity.
-    if gate.expert_map is not None and not torch.equal(
-        gate.expert_map, torch.arange(gate.scored, dtype=gate.expert_map.dtype)
-    ):
-        yield "expert_map", "only the identity is run yet"
 
 
 def _question(gate: Gate) -> str:

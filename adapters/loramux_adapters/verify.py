@@ -104,7 +104,7 @@ def check_values(adapter: LoweredAdapter) -> None:
                 hint="A magnitude is the ratio of two lengths and above 0.",
                 field=f"{module}.magnitude",
             )
-        check_experts(module, site, 1 if site.gate is None else adapter.gates[site.gate].experts)
+        check_experts(module, site, None if site.gate is None else adapter.gates[site.gate])
         effective = effective or _has_effect(site)
     if not effective:
         raise AdapterNoEffect(

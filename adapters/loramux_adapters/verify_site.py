@@ -8,6 +8,7 @@ from loramux_adapters.errors import (
     AdapterShapeMismatch,
     shown,
 )
+from loramux_adapters.gate import Gate
 from loramux_adapters.lowered import Carry, CarryKind, LoweredAdapter, LoweredSite
 from loramux_adapters.variance import SHAPES, Variance, VarianceForm, VarianceKind
 
@@ -44,10 +45,11 @@ def _is_outputs_only(site: LoweredSite) -> bool:
     )
 
 
-def check_experts(module: str, site: LoweredSite, experts: int) -> None:
-    """Expert ids lie below `experts`, rows below R_a, and every row of A is read."""
+def check_experts(module: str, site: LoweredSite, gate: Gate | None) -> None:
+    """Expert ids are the gate's, rows lie below R_a, and every row of A is read."""
+    experts = 1 if gate is None else gate.experts
     if site.expert is not None:
-        _check_range(f"{module}.expert", site.expert, experts)
+        _check_range(f"{module}.expert", site.expert, 1 if gate is None else gate.weights_given)
     if site.magnitude is not None and site.magnitude.ndim == 2 and site.magnitude.shape[0] != experts:
         raise _mismatch(f"{module}.magnitude", site.magnitude, f"one row for each of {experts} experts")
     if site.arow is not None:

@@ -11,7 +11,7 @@ from loramux_adapters.lowered import LoweredSite
 
 
 def gate_values(gate: Gate, x: torch.Tensor) -> torch.Tensor:
-    """g [tokens, E'] of a token gate on the site's input x [tokens, d_in]."""
+    """g [tokens, E'] of a token gate on the site's input x [tokens, d_in]; with a map g' and behind it g."""
     assert (gate.kind, gate.source) == (GateKind.TOKEN, GateSource.SITE_INPUT)
     assert (gate.hidden, gate.capacity) == ((), None)
     x = x.double()
@@ -45,7 +45,8 @@ def gate_values(gate: Gate, x: torch.Tensor) -> torch.Tensor:
         values = chosen.double()
     if gate.expert_map is None:
         return values
-    return torch.zeros(len(x), gate.experts, dtype=torch.float64).index_add(1, gate.expert_map.long(), values)
+    groups = torch.zeros(len(x), gate.experts, dtype=torch.float64).index_add(1, gate.expert_map.long(), values)
+    return torch.cat([groups, values], dim=1)
 
 
 def site_delta(site: LoweredSite, gates: Any, x: torch.Tensor) -> torch.Tensor:

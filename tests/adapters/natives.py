@@ -177,14 +177,14 @@ def adapters(draw: st.DrawFn, base: BaseModel = BASE) -> LoweredAdapter:
             values["arow"] = torch.tensor(draw(st.permutations([i % rows for i in range(rank)])), dtype=torch.int32)
         else:
             rows = rank
-        experts = 1
+        experts = given = 1
         if draw(st.booleans()):
             fitting = [name for name, gate in named.items() if gate.width in (d_in, None)]
             name = draw(st.sampled_from([*fitting, f"g{len(named)}"]))
             named.setdefault(name, draw(gates(d_in)))
-            experts = named[name].experts
+            experts, given = named[name].experts, named[name].weights_given
             values["gate"] = name
-            values["expert"] = draw(st.none() | indices(experts, rank))
+            values["expert"] = draw(st.none() | indices(given, rank))
         magnitude = draw(st.none() | tensors(d_out) | tensors(experts, d_out))
         values["magnitude"] = None if magnitude is None else magnitude.abs().clamp(min=1e-3)
         values["bias"] = draw(st.none() | tensors(d_out))

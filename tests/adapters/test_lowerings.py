@@ -150,6 +150,23 @@ def test_an_expert_map_is_experts_tied_to_each_other(tmp_path_factory, ranks, ex
 
 
 @PROPERTY
+@given(ranks=expert_ranks, d_in=widths, d_out=widths, seed=seeds, data=st.data())
+def test_rows_of_its_own_beside_its_groups_are_one_longer_expert(tmp_path_factory, ranks, d_in, d_out, seed, data):
+    """Expert e computes what its group shares and what is its own; the router never hears of either."""
+    draw, experts = Draw(seed), len(ranks)
+    map_ = [0, *(1 for _ in range(experts - 1))]
+    shared = experts_of(draw, [data.draw(st.integers(1, 4)) for _ in set(map_)], d_in, d_out)
+    own = experts_of(draw, ranks, d_in, d_out)
+    router, x, k = draw(experts, d_in), draw(TOKENS, d_in), data.draw(st.integers(1, experts))
+    a, b, scales = ([*ours, *theirs] for ours, theirs in zip(shared, own, strict=True))
+    site = token_site(a, b, rows([part.shape[1] for part in b], scales), GATE)
+    gate = Gate(router, select=Select.TOP_K, k=k, expert_map=torch.tensor(map_, dtype=torch.int32))
+    expected = mixture_delta(x, router, *([part[g] for g in map_] for part in shared), k)
+    expected = expected + mixture_delta(x, router, *own, k)
+    assert_equal(delta(tmp_path_factory, x, site, gate), expected)
+
+
+@PROPERTY
 @given(ranks=expert_ranks, d_in=widths, d_out=widths, seed=seeds)
 def test_loras_that_add_up_are_one_of_the_summed_rank(tmp_path_factory, ranks, d_in, d_out, seed):
     """Boosting and chains of LoRAs (XGBLoRA, RAC-LoRA, COLA): every gate is one."""

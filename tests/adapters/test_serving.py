@@ -45,6 +45,7 @@ from .natives import DOWN, UP, Q, adapters, make_gate, make_mixture, make_site
         make_gate(select=Select.THRESHOLD, threshold=0.5, value=GateValue.ONE),
         make_gate(eps=1e-6),
         make_gate(expert_map=torch.arange(2, dtype=torch.int32)),
+        make_gate(3, expert_map=torch.tensor([0, 1, 0], dtype=torch.int32)),
     ],
 )
 def test_served(gate: Any) -> None:
@@ -66,7 +67,6 @@ def test_served(gate: Any) -> None:
         (make_gate(bias=torch.ones(2)), "bias"),
         (make_gate(hidden=((torch.ones(24, 24), torch.ones(24)),)), "hidden"),
         (make_gate(capacity=Capacity(4)), "capacity"),
-        (make_gate(expert_map=torch.zeros(2, dtype=torch.int32)), "expert_map"),
     ],
 )
 def test_unserved_gates(gate: Any, field: str) -> None:
@@ -100,6 +100,20 @@ def test_outputs_are_served() -> None:
     )
     verify(adapter, BASE)
     assert unserved(adapter) == []
+
+
+def test_groups_and_single_experts_are_counted_where_they_are_used() -> None:
+    """Nine experts in one group and each with rows of its own: ten weights. Eight groups of sixteen: 24."""
+
+    def mixture(experts: int, groups: int, rows: int) -> LoweredAdapter:
+        gate = make_gate(experts, expert_map=torch.arange(experts, dtype=torch.int32) * groups // experts)
+        site = make_site(Q, rows, gate="q", expert=torch.arange(rows, dtype=torch.int32))
+        return LoweredAdapter("x", {Q: site}, gates={"q": gate})
+
+    assert unserved(mixture(9, 1, 10)) == []
+    assert unserved(mixture(16, 8, 16)) == []
+    (obstacle,) = unserved(mixture(16, 8, 24))
+    assert obstacle.startswith(f"sites.{Q}.expert: 24 ")
 
 
 def test_unserved_blocks() -> None:

@@ -76,13 +76,21 @@ TASK = {"kind": GateKind.TASK, "source": GateSource.NONE}
         (make_gate(expert_map=ints(1, 0)), INVALID, "gates.q.expert_map"),
         (make_gate(expert_map=ints(0, 2)), INVALID, "gates.q.expert_map"),
         (make_gate(expert_map=ints(0, -1)), INVALID, "gates.q.expert_map"),
-        (make_gate(expert_map=ints(0, 0)), INVALID, f"{Q}.expert"),
         (replace(make_gate(), weights=torch.full((2, 24), float("nan"))), "adapter_not_finite", "gate:q.weights"),
     ],
 )  # fmt: skip
 def test_gates(gate: Any, code: str, field: str) -> None:
     adapter = make_mixture()
     assert refused(replace(adapter, gates={**adapter.gates, "q": gate})) == (code, field)
+
+
+def test_an_index_may_name_a_group_or_one_expert_of_a_map() -> None:
+    def mixture(last: int) -> LoweredAdapter:
+        gate = make_gate(3, expert_map=ints(0, 0, 1))
+        return LoweredAdapter("x", {Q: make_site(gate="q", expert=ints(0, 1, 2, last))}, gates={"q": gate})
+
+    verify(mixture(4), BASE)
+    assert refused(mixture(5)) == (INVALID, f"{Q}.expert")
 
 
 def with_site(**changes: Any) -> LoweredAdapter:

@@ -16,11 +16,12 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
-from loramux.engine.placement import BaseBiases, PoolArrays, pool_arrays, reservation
+from loramux.engine.placement import BaseBiases, PoolArrays, pool_arrays
 from loramux.engine.routing import RoutingMonitor
 from loramux.engine.settings import DataPlaneSettings
 from loramux.engine.wrappers import base_biases, find_sites, wrap
 from loramux_adapters import LoweredAdapter, open_artefact
+from loramux_adapters.token_gates import reservation
 from loramux_kernels import AdapterPool, KernelError, PoolFull
 
 logger = init_logger("vllm.loramux")

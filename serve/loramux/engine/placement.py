@@ -1,4 +1,4 @@
-"""An adapter in the one form -> what the pool takes: gates as launch parameters, routers and experts as arrays.
+"""An adapter in the one form -> the arrays that the pool takes.
 
 The form multiplies W0 x alone; the pool multiplies all that the base layer computed. Where that has a bias b0 in it,
 the adapter's bias gives back what is lost: + (1 − magnitude) ⊙ b0.
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from loramux_adapters import Gate, LoweredAdapter, LoweredSite
-from loramux_adapters.gate import GateValue, Norm, PostMap
-from loramux_kernels import TokenGate
+from loramux_adapters import Gate, LoweredSite
+from loramux_adapters.token_gates import row_owners
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,17 +32,6 @@ BaseBiases = Mapping[str, torch.Tensor]
 """Module -> the bias b0 [d_out] that its base layer adds to its output, float32 on the host."""
 
 
-def reservation(adapter: LoweredAdapter, base: BaseBiases) -> dict[str, Any]:
-    """Arguments of `AdapterPool.reserve` and `bytes_for`. The adapter passed `check_servable`."""
-    sites = adapter.sites
-    return {
-        "ranks": adapter.ranks,
-        "gates": {m: _token_gate(adapter.gates[site.gate]) for m, site in sites.items() if site.gate is not None},
-        "mag": {m for m, site in sites.items() if site.magnitude is not None},
-        "bias": {m for m, site in sites.items() if site.shifts(m in base)},
-    }
-
-
 def pool_arrays(
     site: LoweredSite, gates: Mapping[str, Gate], base_bias: torch.Tensor | None, dtype: torch.dtype, pin: bool
 ) -> PoolArrays:
@@ -55,8 +42,8 @@ def pool_arrays(
 
     router = expert = mag = bias = None
     if site.gate is not None:
-        router = staged(gates[site.gate].weights)
-        expert = site.expert if site.expert is not None else torch.zeros(site.rank, dtype=torch.int32)
+        gate = gates[site.gate]
+        router, expert = staged(gate.weights), row_owners(gate, site)
     if site.magnitude is not None:
         mag = staged(site.magnitude, torch.float32)
     if site.shifts(base_bias is not None):
@@ -69,18 +56,3 @@ def _bias(site: LoweredSite, base_bias: torch.Tensor | None) -> torch.Tensor:
     if site.magnitude is None or base_bias is None:
         return total
     return total + (1 - site.magnitude.double()) * base_bias.double()
-
-
-def _token_gate(gate: Gate) -> TokenGate:
-    return TokenGate(
-        experts=gate.experts,
-        select=gate.select.value,  # type: ignore[arg-type]
-        k=gate.k or 0,
-        p=gate.p if gate.p is not None else 1.0,
-        threshold=gate.threshold or 0.0,
-        renormalise=gate.norm is Norm.RENORM,
-        eps=gate.eps,
-        temperature=gate.temperature,
-        absolute=gate.post is PostMap.ABS,
-        one=gate.value is GateValue.ONE,
-    )
