@@ -13,7 +13,7 @@ from .form import gate_values
 from .natives import Q, make_site
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), experts=st.integers(1, 16), seed=st.integers(0, 1000))
 def test_rows_are_weighted_alike(data: st.DataObject, experts: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,84 @@
+"""An adapter applied to a transformers model by hooks, to measure what it computes without a server.
+
+A site's equation is `lowered.py`'s, in float32; the gate is the data plane's own (`loramux_kernels.cpu.gate`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from loramux_adapters.gate import Gate
+from loramux_adapters.lowered import LoweredAdapter, LoweredSite
+from loramux_adapters.token_gates import row_owners, token_gate
+from loramux_kernels.cpu.gate import gate as weigh
+
+Observer = Callable[[str, torch.Tensor], object]
+"""Called with a site's name and its input x [tokens, d_in], before the site's layer returns."""
+
+
+class AppliedSite:
+    """One site in float32. The adapter passed `check_servable`."""
+
+    def __init__(self, site: LoweredSite, gate: Gate | None) -> None:
+        self._a = site.expanded_a.float()
+        self._b = site.b.float() * site.scale[:, None].float()
+        self._rule = None if gate is None else token_gate(gate, site)
+        self._router = None if gate is None else gate.weights.float()
+        self._owner = None if gate is None else row_owners(gate, site).long()
+
+    def shrunk(self, x: torch.Tensor) -> torch.Tensor:
+        """u [tokens, R]"""
+        return x.float() @ self._a.T
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """What the gate decides by: |l| or l, [tokens, E]."""
+        assert self._rule is not None and self._router is not None
+        logits = x.float() @ self._router.T
+        return logits.abs() if self._rule.absolute else logits
+
+    def expert_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """g [tokens, E] of the scored experts, before a map sums them up."""
+        assert self._rule is not None
+        return weigh(self._rule.router, self.scores(x))
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        """What the rank rows add, [tokens, d_out]."""
+        u = self.shrunk(x)
+        if self._rule is not None:
+            assert self._owner is not None
+            u = u * weigh(self._rule, self.scores(x))[:, self._owner]
+        return u @ self._b
+
+
+@contextmanager
+def applied(model: Any, adapter: LoweredAdapter, observe: Observer | None = None) -> Iterator[None]:
+    """Within, `model` (a float32 transformers model of the adapter's base) computes with the adapter."""
+    handles = [
+        model.get_submodule(name).register_forward_hook(_hook(name, site, adapter, observe))
+        for name, site in adapter.sites.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(name: str, site: LoweredSite, adapter: LoweredAdapter, observe: Observer | None) -> Callable[..., Any]:
+    ready = AppliedSite(site, None if site.gate is None else adapter.gates[site.gate])
+
+    def add(module: Any, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
+        x = args[0].flatten(0, -2)
+        if observe is not None:
+            observe(name, x)
+        if site.magnitude is not None:
+            own = getattr(module, "bias", None)
+            own = 0 if own is None else own
+            y = site.magnitude.float() * (y - own) + own
+        if site.bias is not None:
+            y = y + site.bias.float()
+        return y + ready.delta(x).view(y.shape)
+
+    return add
