@@ -27,6 +27,7 @@ def report(adapter: LoweredAdapter, *, made_for: str | None, checked_on: str | N
         "dtype": adapter.dtype,
         "gates": describe(adapter)["gates"],
         "experts_by_gate": {name: gate.experts for name, gate in adapter.gates.items()},
+        "scored_by_gate": {name: gate.scored for name, gate in adapter.gates.items()},
         "magnitudes": sum(site.magnitude is not None for site in adapter.sites.values()),
         "biases": sum(site.bias is not None for site in adapter.sites.values()),
         "bayesian": adapter.bayesian,
@@ -50,7 +51,7 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         ("experts", _span(found["experts_by_gate"].values()) if found["gates"] else "1"),
         ("ranks", ", ".join(_ranks(found["ranks"]))),
         ("size", f"{format_bytes(found['bytes'])}, {found['dtype']}"),
-        *(("gates", gate) for gate in _gates(found["gates"], found["experts_by_gate"])),
+        *(("gates", gate) for gate in _gates(found)),
         *_outputs(found["magnitudes"], found["biases"]),
         ("posterior", "yes" if found["bayesian"] else "no"),
         ("digest", found["digest"][:16]),
@@ -91,19 +92,21 @@ def _ranks(ranks: Mapping[str, int]) -> Iterator[str]:
         yield f"layers {_span(numbers, '-')}: {span}" if len(numbers) > 1 else f"layer {numbers[0]}: {span}"
 
 
-def _gates(gates: Mapping[str, Mapping[str, Any]], experts: Mapping[str, int]) -> Iterator[str]:
+def _gates(found: Mapping[str, Any]) -> Iterator[str]:
     """One line for each different gate, with how many there are."""
-    kinds = Counter(_gate(gate, experts[name]) for name, gate in gates.items())
+    scored, experts = found["scored_by_gate"], found["experts_by_gate"]
+    kinds = Counter(_gate(gate, scored[name], experts[name]) for name, gate in found["gates"].items())
     for kind, count in kinds.items():
         yield f"{count} × {kind}"
 
 
-def _gate(gate: Mapping[str, Any], experts: int) -> str:
+def _gate(gate: Mapping[str, Any], scored: int, experts: int) -> str:
     select = str(gate.get("select", "all"))
     argument = next((gate[name] for name in ("k", "p", "threshold", "tau_max") if name in gate), None)
     chosen = select if argument is None else f"{select} {argument}"
     rest = [f"{name} {gate[name]}" for name in ("source", "pre", "post", "norm", "value") if name in gate]
-    return ", ".join([f"{gate.get('kind', 'token')}, {chosen} of {experts} experts", *rest])
+    shared = f" in {experts} groups" if experts < scored else ""
+    return ", ".join([f"{gate.get('kind', 'token')}, {chosen} of {scored} experts{shared}", *rest])
 
 
 def _span(values: Any, between: str = "..") -> str:

@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from loramux.cli.compose import main as compose
 
         return compose(argv[1:])
+    if argv[:1] == ["compact"]:
+        from loramux.cli.compact import main as compact
+
+        return compact(argv[1:])
     options = _parser().parse_args(argv)
     if options.command in ("check", "methods") or (options.command == "show" and _is_local(options)):
         from loramux.cli import adapter_files  # torch takes 2 s to import, and the others need none of it
@@ -85,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
             "--base", metavar="BASE", help=f"to check it on: a folder or a name (default: {DEFAULT_BASE})"
         )
     commands.add_parser("compose", help="make one adapter out of several: loramux adapters compose --help")
+    commands.add_parser("compact", help="make an adapter smaller: loramux adapters compact --help")
     command("methods", "list the kinds of adapters and what each can do", server=False)
     return parser
 

@@ -1,7 +1,8 @@
-"""The base model of a command: its layers, or an error that says what to do."""
+"""What commands that make adapters share: the base model's layers, or an error that says what to do; where to write."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -35,3 +36,11 @@ def read_layers(place: str | Path, name: str) -> BaseModel:
         raise ConfigError(
             f"The base model {name} cannot be read: {error}.", hint="Give its folder, or its name on the hub."
         ) from error
+
+
+def native_path(text: str) -> Path:
+    """The type of an argument that names a native file to write."""
+    path = Path(text)
+    if path.suffix != ".safetensors":
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .safetensors")
+    return path

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loramux.bases import DEFAULT_BASE
-from loramux.cli.base import load_base
+from loramux.cli.base import load_base, native_path
 from loramux.console import say
 from loramux.errors import ConfigError, LoramuxError
 from loramux_adapters import AdapterError, LoweredAdapter, lower
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.add_argument("adapters", nargs="+", type=_named_path, metavar="NAME=PATH", help="plain LoRAs, in order")
-    command.add_argument("--out", required=True, type=_native_path, metavar="FILE.safetensors", help="what to write")
+    command.add_argument("--out", required=True, type=native_path, metavar="FILE.safetensors", help="what to write")
     command.add_argument("--top-k", type=int, default=3, metavar="K", help="LoRAs that a token uses")
     command.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the softmax over those")
     command.add_argument("--base", default=DEFAULT_BASE, metavar="BASE", help="a folder or a name")
@@ -60,10 +60,3 @@ def _named_path(text: str) -> tuple[str, Path]:
     if not (name and separator and path):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
     return name, Path(path)
-
-
-def _native_path(text: str) -> Path:
-    path = Path(text)
-    if path.suffix != ".safetensors":
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in .safetensors")
-    return path
