@@ -23,7 +23,7 @@ pytestmark = pytest.mark.engine
 
 # Beside the three adapters five of lower rank made of them, so that there is something to merge.
 SMALLER = (("spam", 3), ("sarcasm", 3), ("news", 3), ("spam", 2), ("news", 2))
-TEXTS = 4  # of each task
+TEXTS = 3  # of each task
 
 
 @pytest.fixture(scope="module")

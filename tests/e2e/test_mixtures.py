@@ -34,11 +34,21 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Mixture:
-    """Ranks per expert as a function of the layer, and the gate's options."""
+    """Ranks per expert as a function of the layer, and the gate's options.
+
+    `users`: which of the router's experts use each of these rank blocks, where they are not one each; `weights`: the
+    index of each in the native format.
+    """
 
     ranks: Callable[[int], tuple[int, ...]]
     targets: tuple[str, ...]
     gate: dict[str, Any] = field(default_factory=dict)
+    users: tuple[tuple[int, ...], ...] = ()
+    weights: tuple[int, ...] = ()
+
+    def routed(self, blocks: int) -> int:
+        """Experts of the router."""
+        return 1 + max(e for users in self.users for e in users) if self.users else blocks
 
 
 MIXTURES: dict[str, Mixture] = {
@@ -62,17 +72,29 @@ MIXTURES: dict[str, Mixture] = {
         {"select": Select.TOP_K, "k": 1, "post": PostMap.ABS, "temperature": 0.7},
     ),
     "one_expert": Mixture(lambda layer: (16,), ("o_proj",), {"select": Select.TOP_K, "k": 1}),
+    # As `loramux adapters compact` leaves them: two groups of five experts, and expert 3 with rows of its own.
+    "shared_rows": Mixture(
+        lambda layer: (8, 6, 2),
+        ATTENTION,
+        {"select": Select.TOP_K, "k": 2, "expert_map": torch.tensor([0, 1, 0, 1, 1], dtype=torch.int32)},
+        users=((0, 2), (1, 3, 4), (3,)),
+        weights=(0, 1, 2 + 3),
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Experts:
-    """One linear's experts: A_e [r_e, d_in], B_e [d_out, r_e], s_e, and the router W [E, d_in]."""
+    """One linear's experts: A_e [r_e, d_in], B_e [d_out, r_e], s_e, and the router W [E, d_in].
+
+    `users`: which experts of the router each of them stands for; itself, but where experts share rows.
+    """
 
     a: list[torch.Tensor]
     b: list[torch.Tensor]
     scale: list[float]
     router: torch.Tensor
+    users: tuple[tuple[int, ...], ...]
 
 
 def _random(mixture: Mixture, linears: Any, seed: int) -> dict[str, Experts]:
@@ -86,7 +108,8 @@ def _random(mixture: Mixture, linears: Any, seed: int) -> dict[str, Experts]:
             [torch.randn(r, d_in, generator=generator) * 0.05 for r in ranks],
             [torch.randn(d_out, r, generator=generator) * 0.02 for r in ranks],
             [1.0 + 0.5 * e for e in range(len(ranks))],
-            torch.randn(len(ranks), d_in, generator=generator) * 0.1,
+            torch.randn(mixture.routed(len(ranks)), d_in, generator=generator) * 0.1,
+            mixture.users or tuple((e,) for e in range(len(ranks))),
         )
     return made
 
@@ -101,7 +124,7 @@ def _native(mixture: Mixture, experts: dict[str, Experts], path: Path) -> Path:
             torch.cat(site.b, dim=1).T.contiguous(),
             torch.repeat_interleave(torch.tensor(site.scale), ranks),
             gate=name,
-            expert=torch.repeat_interleave(torch.arange(len(ranks), dtype=torch.int32), ranks),
+            expert=torch.repeat_interleave(torch.tensor(mixture.weights or range(len(ranks))), ranks).int(),
         )
     write_native(path, LoweredAdapter("mixture", sites, gates=gates), "smollm2-135m-instruct")
     return path
@@ -146,13 +169,14 @@ class Hooked:
         self._handles = []
         dtype = next(model.parameters()).dtype
         for name, site in experts.items():
-            parts = [(a.to(dtype), b.to(dtype), s) for a, b, s in zip(site.a, site.b, site.scale, strict=True)]
+            factors = zip(site.a, site.b, site.scale, site.users, strict=True)
+            parts = [(a.to(dtype), b.to(dtype), s, e) for a, b, s, users in factors for e in users]
             router = site.router.to(dtype)
 
             def hook(_: Any, inputs: Any, y: Any, name: str = name, parts: Any = parts, router: Any = router) -> Any:
                 x = inputs[0]
                 gates = self.gates[name] = _gates(mixture, (x[0] @ router.T))
-                return y + sum(gates[None, :, e, None] * s * ((x @ a.T) @ b.T) for e, (a, b, s) in enumerate(parts))
+                return y + sum(gates[None, :, e, None] * s * ((x @ a.T) @ b.T) for a, b, s, e in parts)
 
             self._handles.append(model.get_submodule(name).register_forward_hook(hook))
 
@@ -224,7 +248,7 @@ def test_one_batch_with_plain_adapters_and_base_rows(
         assert_equal(ours, answer, f"{name} in a mixed batch")
 
 
-@pytest.mark.parametrize("name", ["top2_of_4", "threshold", "dense_of_3"])
+@pytest.mark.parametrize("name", ["top2_of_4", "threshold", "dense_of_3", "shared_rows"])
 def test_the_routing_report_is_what_the_hooks_decided(
     engine: Any, expected: Any, models: Any, base_path: Path, base_model: BaseModel, name: str
 ) -> None:
