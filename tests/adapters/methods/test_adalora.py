@@ -1,6 +1,6 @@
-"""AdaLoRA: the lowered form gives the logits that PEFT gives, pruned or not, and what cannot be applied is refused.
+"""AdaLoRA: the lowered form gives the logits that PEFT gives, pruned or not; what cannot be applied is refused.
 
-PEFT writes the files of the first test; those of the others repeat its names, `<module>.lora_A`, `.lora_E`, `.lora_B`.
+PEFT writes the files of the first test; those of the others repeat its names.
 """
 
 import peft
@@ -11,15 +11,13 @@ from hypothesis import strategies as st
 
 from loramux_adapters import AdapterError, lower
 from loramux_adapters.artefact import digest_of
-from loramux_adapters.files import AdapterFolder
-from loramux_adapters.methods import METHODS
 from loramux_adapters.methods.adalora import _OWN_FIELDS
 
 from ..checkpoints import BASE, write_adapter
 from ..form import site_delta
+from ..layouts.adalora import INIT_R, make_config, make_tensors
 from .refusals import assert_refused, drop, put
 
-INIT_R = 6
 MODULES = [module for module in BASE.linears if module.endswith(("q_proj", "down_proj"))]
 SITE = f"base_model.model.{MODULES[0]}"
 
@@ -78,31 +76,6 @@ def test_every_field_of_the_installed_peft_is_accounted_for():
     assert added | {"rank_pattern", "r"} == _OWN_FIELDS
 
 
-def make_config(**changes):
-    config = {
-        "peft_type": "ADALORA",
-        "init_r": INIT_R,
-        "r": 8,
-        "target_r": 3,
-        "total_step": 10,
-        "lora_alpha": 8,
-        "target_modules": ["q_proj", "down_proj"],
-        "rank_pattern": None,
-        "base_model_name_or_path": "somebody/tiny",
-    } | changes
-    return {name: value for name, value in config.items() if value is not ...}
-
-
-def make_tensors(ranks=None, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for module in MODULES:
-        (d_in, d_out), rank = BASE.linears[module], (ranks or {}).get(module, INIT_R)
-        for name, shape in (("lora_A", (rank, d_in)), ("lora_E", (rank, 1)), ("lora_B", (d_out, rank))):
-            tensors[f"base_model.model.{module}.{name}"] = torch.randn(shape, generator=generator).to(dtype)
-    return tensors
-
-
 @settings(max_examples=20, deadline=None)
 @given(
     left=st.lists(st.lists(st.booleans(), min_size=INIT_R, max_size=INIT_R), min_size=4, max_size=4).filter(
@@ -114,9 +87,9 @@ def make_tensors(ranks=None, dtype=torch.float32, seed=0):
 )
 def test_the_divisor_stays_the_initial_rank(tmp_path_factory, left, alpha, dtype, seed):
     ranks = {module: sum(flags) for module, flags in zip(MODULES, left, strict=True)}
-    tensors = make_tensors(ranks, dtype, seed)
     rank_pattern = {f"{module}.lora_E": flags for module, flags in zip(MODULES, left, strict=True)}
     config = make_config(rank_pattern=rank_pattern, lora_alpha=alpha)
+    tensors = make_tensors(config, dtype=dtype, seed=seed)
     adapter = lower(write_adapter(tmp_path_factory.mktemp("adapter"), config, tensors), BASE)
     assert adapter.ranks == {module: rank for module, rank in ranks.items() if rank}
     for module, site in adapter.sites.items():
@@ -127,11 +100,6 @@ def test_the_divisor_stays_the_initial_rank(tmp_path_factory, left, alpha, dtype
         # scale · E is rounded to float32 once, and so is scale: twice half a unit in the last place of every term.
         terms = abs(scale) * (x.abs() @ a.abs().T * e[:, 0].abs()) @ b.abs().T
         assert ((site_delta(site, {}, x) - expected).abs() <= 2 * 2**-24 * terms).all()
-
-
-def test_exactly_one_method_claims_the_folder(tmp_path):
-    folder = AdapterFolder(write_adapter(tmp_path, make_config(), make_tensors()))
-    assert [method.name for method in METHODS if method.detect(folder)] == ["adalora"]
 
 
 def test_all_spellings_mean_the_same(tmp_path):
@@ -153,10 +121,9 @@ def test_all_spellings_mean_the_same(tmp_path):
 
 
 def test_nothing_left_anywhere_has_no_effect(tmp_path):
-    tensors = make_tensors(dict.fromkeys(MODULES, 0))
-    rank_pattern = {f"{module}.lora_E": flags() for module in MODULES}
+    config = make_config(rank_pattern={f"{module}.lora_E": flags() for module in MODULES})
     with pytest.raises(AdapterError) as refusal:
-        lower(write_adapter(tmp_path, make_config(rank_pattern=rank_pattern), tensors), BASE)
+        lower(write_adapter(tmp_path, config, make_tensors(config)), BASE)
     assert refusal.value.code == "adapter_no_effect"
 
 

@@ -1,10 +1,11 @@
 """Chains of LoRAs, in folders or in one file, equal the base with every link merged; the rest is refused by name.
 
-No public code saves the links: folders are what PEFT writes, the rest is what `loramux_adapters.methods.chain` defines.
+The folders are what PEFT writes.
 """
 
 import json
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -13,15 +14,15 @@ from hypothesis import strategies as st
 from peft import PeftModel
 
 from loramux_adapters import AdapterError, BaseModel, check_servable, lower
-from loramux_adapters.files import AdapterFolder
-from loramux_adapters.methods import METHODS
 
 from ..checkpoints import BASE, make_config, make_tensors, write_adapter
 from ..form import logits, site_delta
 from ..hooks import hooked_logits
+from ..layouts.chain import RANK, delta
+from ..layouts.chain import make_config as file_config
+from ..layouts.chain import make_tensors as file_tensors
 from .refusals import assert_refused, drop, poison, put
 
-RANK, LENGTH, ALPHA = 2, 4, 6
 SITE = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -67,45 +68,15 @@ def test_folders_give_the_logits_of_peft_with_every_link_merged(tmp_path, refere
     assert (expected - tiny.base_logits()).abs().max() > 1e-1
 
 
-def file_config(**changes):
-    config = {"peft_type": "XGBLORA", "r": RANK, "lora_alpha": ALPHA, "length": LENGTH}
-    return config | {"target_modules": ["q_proj", "k_proj", "down_proj"]} | changes
-
-
-def file_tensors(base=BASE, rank=RANK, length=LENGTH, dtype=torch.float32, seed=0):
-    """Every link trains two of three layers, as XGBLoRA's rounds do."""
-    generator = torch.Generator().manual_seed(seed)
-    modules = [m for m in base.linears if m.endswith(("q_proj", "k_proj", "down_proj"))]
-    tensors = {}
-    for link in range(length):
-        for i, module in enumerate(modules):
-            if (i + link) % 3 == 0 and len(modules) > 1:
-                continue
-            d_in, d_out = base.linears[module]
-            for factor, shape in (("A", (rank, d_in)), ("B", (d_out, rank))):
-                value = torch.randn(shape, generator=generator).mul(0.3).to(dtype)
-                tensors[f"base_model.model.{module}.lora_{factor}.{link}.weight"] = value
-    return tensors
-
-
-def file_delta(tensors, module, x, scales):
-    total = 0
-    for link, scale in enumerate(scales):
-        a, b = (tensors.get(f"base_model.model.{module}.lora_{factor}.{link}.weight") for factor in "AB")
-        if a is not None:
-            total = total + scale * (x.double() @ a.double().T) @ b.double().T
-    return total
-
-
 @pytest.mark.parametrize("weights", [None, [1, 0.5, -2, 0]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_file_has_the_logits_of_the_sum(tmp_path, reference, weights, dtype):
     tiny = reference("llama")
-    tensors = file_tensors(tiny.base, dtype=dtype)
-    adapter = lower(write_adapter(tmp_path, file_config(weights=weights), tensors), tiny.base)
+    config = file_config(weights=weights)
+    tensors = file_tensors(config, tiny.base, dtype)
+    adapter = lower(write_adapter(tmp_path, config, tensors), tiny.base)
     check_servable(adapter)
-    scales = [ALPHA / RANK * weight for weight in weights or [1] * LENGTH]
-    deltas = {module: lambda x, module=module: file_delta(tensors, module, x, scales) for module in adapter.sites}
+    deltas = {module: partial(delta, config, tensors, module) for module in adapter.sites}
     expected = hooked_logits(tiny.model, deltas, tiny.tokens)
     assert len(deltas) == 6 and len(set(adapter.ranks.values())) > 1
     assert (logits(tiny.model, adapter, tiny.tokens) - expected).abs().max() < 1e-9
@@ -116,13 +87,13 @@ def test_one_file_has_the_logits_of_the_sum(tmp_path, reference, weights, dtype)
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 20), st.integers(1, 20), st.integers(0, 999))
 def test_any_shape(tmp_path_factory, rank, length, d_in, d_out, seed):
     base = BaseModel("tiny", {"model.layers.0.self_attn.q_proj": (d_in, d_out)})
-    tensors = file_tensors(base, rank, length, seed=seed)
     config = file_config(r=rank, length=length, target_modules=["q_proj"])
+    tensors = file_tensors(config, base, seed=seed)
     adapter = lower(write_adapter(tmp_path_factory.mktemp("chain"), config, tensors), base)
     ((module, site),) = adapter.sites.items()
     assert site.rank == rank * length
     x = torch.randn(5, d_in, generator=torch.Generator().manual_seed(seed + 1))
-    expected = file_delta(tensors, module, x, [ALPHA / rank] * length)
+    expected = delta(config, tensors, module, x)
     torch.testing.assert_close(site_delta(site, {}, x), expected, rtol=1e-6, atol=1e-7)
 
 
@@ -134,14 +105,6 @@ def test_weights_of_folders_multiply_their_scale(tmp_path):
             ("q_proj", "up_proj")
         )
         assert torch.equal(weighted.sites[module].scale, site.scale * torch.tensor(factors))
-
-
-@pytest.mark.parametrize(
-    "write", [lambda f: write_chain(f, two_links()), lambda f: write_adapter(f, file_config(), {})]
-)
-def test_exactly_one_method_claims_the_folder(tmp_path, write):
-    folder = AdapterFolder(write(tmp_path))
-    assert [method.name for method in METHODS if method.detect(folder)] == ["chain"]
 
 
 def test_a_link_of_the_hub_cache_may_lead_to_its_blobs(tmp_path):

@@ -1,11 +1,7 @@
-"""DoRA with dynamic rank: the lowered form gives the logits of the authors' layer, written here with plain hooks.
-
-The names are those of `Adaptive_Lora_Linear` in MIkumikumi0116/DoRA at 235e21f (`Finetune_Utils.py`), with the prefix
-of its `Model_Wrapper_Base`, whose attribute `model` is the whole model; the mask is `finally_mask_dict` of its
-`prune_state_dict.pt`, by names without that prefix.
-"""
+"""DoRA with dynamic rank: the lowered form gives the logits of the authors' layer, written with plain hooks."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -15,86 +11,28 @@ from safetensors.torch import load_file, save_file
 
 from loramux_adapters import AdapterError, lower
 from loramux_adapters.artefact import digest_of
-from loramux_adapters.files import AdapterFolder
-from loramux_adapters.methods import METHODS
 
 from ..checkpoints import BASE, write_adapter
 from ..form import site_delta
 from ..hooks import hooked_logits
+from ..layouts.dora_dynamic import START, delta, make_config, make_tensors
+from ..layouts.draw import targeted
 from .refusals import assert_refused, drop, put
 
-START = 6
-TARGETS = ("q_proj", "down_proj")
-
-
-def modules_of(base):
-    return [module for module in base.linears if module.endswith(TARGETS)]
-
-
-MODULES = modules_of(BASE)
+MODULES = targeted(make_config(), BASE)
 SITE = f"model.{MODULES[0]}"
-
-
-def make_config(**changes):
-    config = {
-        "peft_type": "ADAPTIVE_LORA",
-        "adaptive_lora_start_rank": START,
-        "adaptive_lora_end_avg_rank": 4,
-        "lora_alpha": 8,
-        "lora_dropout": 0.1,
-        "target_modules": list(TARGETS),
-        "base_model_name_or_path": "somebody/tiny",
-    } | changes
-    return {name: value for name, value in config.items() if value is not ...}
-
-
-def make_tensors(base=BASE, dtype=torch.float32, seed=0, masks=True):
-    """Of every module some scalers are 0, and of the last one all; the mask names them and one more."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    modules = modules_of(base)
-    for place, module in enumerate(modules):
-        d_in, d_out = base.linears[module]
-        a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((START, d_in), (d_out, START)))
-        c = torch.randn(START, generator=generator)
-        pruned = torch.arange(START) < (START if module == modules[-1] else place)
-        c[pruned] = 0
-        tensors[f"model.{module}.lora_a_linear.weight"] = a
-        tensors[f"model.{module}.lora_scaler"] = c.to(dtype)
-        tensors[f"model.{module}.lora_b_linear.weight"] = b
-        if masks:
-            tensors[f"finally_mask_dict.{module}"] = (pruned | (torch.arange(START) == START - 1)).float()
-    return tensors
-
-
-def deltas(base, tensors, alpha=8):
-    """dropout off; a_linear, times the scaler, b_linear, times alpha / start rank. The mask sets the scaler to 0."""
-    found = {}
-    for module in modules_of(base):
-        a, c, b = (
-            tensors[f"model.{module}.{name}"].double()
-            for name in ("lora_a_linear.weight", "lora_scaler", "lora_b_linear.weight")
-        )
-        mask = tensors.get(f"finally_mask_dict.{module}")
-        if mask is not None:
-            c = c.masked_fill(mask.bool(), 0)
-
-        def delta(x, a=a, c=c, b=b):
-            hidden = torch.nn.functional.linear(x.double(), a) * c
-            return torch.nn.functional.linear(hidden, b) * (alpha / a.shape[0])
-
-        found[module] = delta
-    return found
 
 
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_those_of_the_formula(dtype, masks, reference, tmp_path):
     tiny = reference("llama")
-    tensors = make_tensors(tiny.base, dtype, masks=masks)
-    adapter = lower(write_adapter(tmp_path, make_config(), tensors), tiny.base)
-    tiny.assert_same(adapter, hooked_logits(tiny.model, deltas(tiny.base, tensors), tiny.tokens))
-    assert len(set(adapter.ranks.values())) == len(adapter.sites) == len(modules_of(tiny.base)) - 1
+    config = make_config()
+    tensors = make_tensors(config, tiny.base, dtype, masks=masks)
+    adapter = lower(write_adapter(tmp_path, config, tensors), tiny.base)
+    deltas = {module: partial(delta, config, tensors, module) for module in targeted(config, tiny.base)}
+    tiny.assert_same(adapter, hooked_logits(tiny.model, deltas, tiny.tokens))
+    assert len(set(adapter.ranks.values())) == len(adapter.sites) == len(deltas) - 1
 
 
 def test_pruned_ranks_are_gone(tmp_path):
@@ -120,18 +58,14 @@ def test_any_mask_gives_the_dense_delta(tmp_path_factory, keep, alpha, seed):
     for module, kept in zip(MODULES, keep, strict=True):
         tensors[f"model.{module}.lora_scaler"] = torch.randn(START, generator=torch.Generator().manual_seed(seed))
         tensors[f"finally_mask_dict.{module}"] = 1 - torch.tensor(kept).float()
-    folder = write_adapter(tmp_path_factory.mktemp("adapter"), make_config(lora_alpha=alpha), tensors)
+    config = make_config(lora_alpha=alpha)
+    folder = write_adapter(tmp_path_factory.mktemp("adapter"), config, tensors)
     adapter = lower(folder, BASE)
     assert adapter.ranks == {module: sum(kept) for module, kept in zip(MODULES, keep, strict=True) if any(kept)}
     for module, site in adapter.sites.items():
         x = torch.randn(3, BASE.linears[module][0], generator=torch.Generator().manual_seed(seed))
-        expected = deltas(BASE, tensors, alpha)[module](x)
+        expected = delta(config, tensors, module, x)
         torch.testing.assert_close(site_delta(site, {}, x), expected, rtol=1e-6, atol=1e-5 * abs(alpha))
-
-
-def test_exactly_one_method_claims_the_folder(tmp_path):
-    folder = AdapterFolder(write_adapter(tmp_path, make_config(), make_tensors()))
-    assert [method.name for method in METHODS if method.detect(folder)] == ["dora_dynamic"]
 
 
 def test_the_wrappers_prefix_may_be_missing(tmp_path):

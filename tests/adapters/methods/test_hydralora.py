@@ -1,82 +1,31 @@
-"""HydraLoRA's own layout: what is lowered equals the formula with A stored once, and the rest is refused by name.
-
-The names are those of the `Linear` layer in Clin0212/HydraLoRA at 5c08a78, `HydraLoRA/peft/tuners/lora.py`; the prefix
-`base_model.model.` is PEFT's.
-"""
+"""HydraLoRA's own layout: what is lowered equals the formula with A stored once; the rest is refused by name."""
 
 import pytest
 import torch
 
 from loramux_adapters import AdapterError, lower
 from loramux_adapters.artefact import digest_of
-from loramux_adapters.files import AdapterFolder
-from loramux_adapters.methods import METHODS
 
 from ..checkpoints import BASE, write_adapter
 from ..form import site_delta
-from ..mixture_reference import mixture_delta
+from ..layouts.hydralora import ALPHA, NUMBER, RANK, delta, make_config, make_tensors
 
 MODULES = [module for module in BASE.linears if module.endswith(("up_proj", "down_proj"))]
-RANK, NUMBER, ALPHA = 4, 3, 32
 SITE = "base_model.model.model.layers.0.mlp.up_proj"
 ROUTER = f"{SITE}.lora_route.weight"
 
 
-def make_config(**changes):
-    return {
-        "peft_type": "LORA",
-        "base_model_name_or_path": "somebody/tiny",
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "r": RANK,
-        "target_modules": ["up_proj", "down_proj"],
-        "lora_alpha": ALPHA,
-        "lora_nums": NUMBER,
-        "blc_alpha": 0.0,
-        "blc_weight": 0.0,
-        "lora_dropout": 0.05,
-        "merge_weights": False,
-        "fan_in_fan_out": False,
-        "enable_lora": None,
-        "bias": "none",
-        "modules_to_save": None,
-    } | changes
-
-
-def make_tensors(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for module in MODULES:
-        d_in, d_out = BASE.linears[module]
-        shapes = {"lora_A": (RANK, d_in), "lora_route": (NUMBER, d_in)}
-        shapes |= {f"lora_B{i}": (d_out, RANK) for i in range(NUMBER)}
-        for name, shape in shapes.items():
-            tensors[f"base_model.model.{module}.{name}.weight"] = torch.randn(shape, generator=generator).to(dtype)
-    return tensors
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_site_computes_the_formula(tmp_path, dtype):
-    tensors = make_tensors(dtype)
+    tensors = make_tensors(dtype=dtype)
     adapter = lower(write_adapter(tmp_path, make_config(), tensors), BASE)
     assert adapter.method == "hydralora" and set(adapter.sites) == set(MODULES)
     for module, site in adapter.sites.items():
-        place, (d_in, d_out) = f"base_model.model.{module}", BASE.linears[module]
+        d_in, d_out = BASE.linears[module]
         x = torch.randn(20, d_in, generator=torch.Generator().manual_seed(1))
-        expected = mixture_delta(
-            x,
-            tensors[f"{place}.lora_route.weight"],
-            [tensors[f"{place}.lora_A.weight"]] * NUMBER,
-            [tensors[f"{place}.lora_B{i}.weight"] for i in range(NUMBER)],
-            [ALPHA / RANK] * NUMBER,
-        )
+        expected = delta(make_config(), tensors, module, x)
         assert site.a.shape == (RANK, d_in) and site.b.shape == (NUMBER * RANK, d_out)
         assert (site_delta(site, adapter.gates, x) - expected).abs().max() < 1e-9 * expected.abs().max()
-
-
-def test_exactly_one_method_claims_the_folder(tmp_path):
-    folder = AdapterFolder(write_adapter(tmp_path, make_config(), make_tensors()))
-    assert [method.name for method in METHODS if method.detect(folder)] == ["hydralora"]
 
 
 def test_the_prefix_may_be_missing(tmp_path):

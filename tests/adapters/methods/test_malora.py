@@ -1,7 +1,4 @@
-"""MALoRA in our format equals its formula whichever side is folded, and the rest is refused by name.
-
-No layout of the authors is public: names and fields are those that `loramux_adapters.methods.malora` defines.
-"""
+"""MALoRA in our format equals its formula whichever side is folded, and the rest is refused by name."""
 
 from functools import partial
 
@@ -11,58 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux_adapters import AdapterError, BaseModel, check_servable, lower
-from loramux_adapters.files import AdapterFolder
-from loramux_adapters.methods import METHODS
 
-from ..checkpoints import BASE, write_adapter
+from ..checkpoints import write_adapter
 from ..form import logits, site_delta
 from ..hooks import hooked_logits
+from ..layouts.malora import NUMBER, RANK, SHARED, delta, make_config, make_tensors
 from .refusals import assert_refused, drop, poison, put
 
-TARGETS = ("q_proj", "up_proj")
-RANK, SHARED, NUMBER, TOP_K, ALPHA = 4, 6, 3, 2, 8
 SITE = "base_model.model.model.layers.0.self_attn.q_proj"
 S, P1, ROUTER = f"{SITE}.lora_S.weight", f"{SITE}.lora_P.1.weight", f"{SITE}.lora_gating.weight"
-
-
-def make_config(**changes):
-    config = {
-        "peft_type": "MALORA",
-        "base_model_name_or_path": "somebody/tiny",
-        "r": RANK,
-        "shared_rank": SHARED,
-        "lora_alpha": ALPHA,
-        "target_modules": list(TARGETS),
-        "num_experts": NUMBER,
-        "top_k": TOP_K,
-    }
-    return config | changes
-
-
-def make_tensors(config, base=BASE, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    rank, shared, number, tensors = config["r"], config["shared_rank"], config["num_experts"], {}
-    for module, (d_in, d_out) in base.linears.items():
-        if module.endswith(TARGETS):
-            shapes = {"lora_S": (shared, d_in), "lora_gating": (number, d_in)}
-            for e in range(number):
-                shapes |= {f"lora_P.{e}": (rank, shared), f"lora_B.{e}": (d_out, rank)}
-            for name, shape in shapes.items():
-                value = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-                tensors[f"base_model.model.{module}.{name}.weight"] = value.to(dtype)
-    return tensors
-
-
-def delta(config, tensors, module, x):
-    def part(name):
-        return tensors[f"base_model.model.{module}.{name}.weight"].double()
-
-    x = x.double()
-    best, chosen = (x @ part("lora_gating").T).topk(config["top_k"])
-    g = torch.zeros(len(x), config["num_experts"], dtype=torch.float64).scatter(1, chosen, best.softmax(1))
-    shared, s = x @ part("lora_S").T, config["lora_alpha"] / config["r"]
-    rows = [s * (shared @ part(f"lora_P.{e}").T) @ part(f"lora_B.{e}").T for e in range(config["num_experts"])]
-    return sum(g[:, e : e + 1] * row for e, row in enumerate(rows))
 
 
 @pytest.mark.parametrize("shared", [2, RANK, SHARED])
@@ -112,11 +66,6 @@ def test_what_grows_too_much_when_it_is_multiplied_is_refused(tmp_path):
     with pytest.raises(AdapterError) as refusal:
         lower(folder, base, max_bytes=2 * size)
     assert refusal.value.code == "adapter_too_large"
-
-
-def test_exactly_one_method_claims_the_folder(tmp_path):
-    folder = AdapterFolder(write_adapter(tmp_path, make_config(), make_tensors(make_config())))
-    assert [method.name for method in METHODS if method.detect(folder)] == ["malora"]
 
 
 @pytest.mark.parametrize(

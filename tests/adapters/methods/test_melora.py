@@ -1,8 +1,6 @@
-"""MELoRA: the lowered form gives the logits of the authors' layer, written here with plain hooks.
+"""MELoRA: the lowered form gives the logits of the authors' layer, written with plain hooks."""
 
-The names and fields are those of `MELoraConfig` and `Linear` in ChasonShi/MELoRA at 4ebb8b4
-(`peft-0.5.0/src/peft/tuners/melora.py`); the prefix `base_model.model.` is PEFT's.
-"""
+from functools import partial
 
 import pytest
 import torch
@@ -11,72 +9,16 @@ from hypothesis import strategies as st
 
 from loramux_adapters import AdapterError, BaseModel, lower
 from loramux_adapters.artefact import digest_of
-from loramux_adapters.files import AdapterFolder
-from loramux_adapters.methods import METHODS
 
 from ..checkpoints import BASE, write_adapter
 from ..form import site_delta
 from ..hooks import hooked_logits
+from ..layouts.melora import ALPHAS, RANKS, delta, make_config, make_tensors
 from .refusals import assert_refused, drop, put
 
 TARGETS = ("q_proj", "up_proj")
-RANKS, ALPHAS = [2, 4, 1, 3], [16, 8, -1, 0.5]
 MODULES = [module for module in BASE.linears if module.endswith(TARGETS)]
 SITE = f"base_model.model.{MODULES[0]}"
-
-
-def make_config(**changes):
-    config = {
-        "peft_type": "MELORA",
-        "auto_mapping": None,
-        "base_model_name_or_path": "somebody/tiny",
-        "revision": None,
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "r": RANKS,
-        "target_modules": list(TARGETS),
-        "lora_alpha": ALPHAS,
-        "lora_dropout": 0.05,
-        "fan_in_fan_out": False,
-        "bias": "none",
-        "mode": "melora",
-        "modules_to_save": None,
-        "init_lora_weights": True,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    } | changes
-    return {name: value for name, value in config.items() if value is not ...}
-
-
-def make_tensors(base=BASE, ranks=RANKS, targets=TARGETS, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for module, (d_in, d_out) in base.linears.items():
-        for i, rank in enumerate(ranks) if module.endswith(targets) else ():
-            for name, shape in (("A", (rank, d_in // len(ranks))), ("B", (d_out // len(ranks), rank))):
-                tensors[f"base_model.model.{module}.lora_{name}.{i}.weight"] = torch.randn(
-                    shape, generator=generator
-                ).to(dtype)
-    return tensors
-
-
-def deltas(base, tensors, ranks=RANKS, alphas=ALPHAS, targets=TARGETS):
-    """Each small LoRA reads the next d_in // n inputs; their outputs are put one after the other."""
-    found = {}
-    for module in base.linears:
-        if not module.endswith(targets):
-            continue
-
-        def delta(x, module=module):
-            outputs, width = [], x.shape[-1] // len(ranks)
-            for i, (rank, alpha) in enumerate(zip(ranks, alphas, strict=True)):
-                a, b = (tensors[f"base_model.model.{module}.lora_{name}.{i}.weight"].double() for name in "AB")
-                part = x.double()[..., i * width : (i + 1) * width]
-                outputs.append(part @ a.T @ b.T * (alpha / rank))
-            return torch.cat(outputs, dim=-1)
-
-        found[module] = delta
-    return found
 
 
 @pytest.mark.parametrize("ranks", [RANKS, [3, 3], [5]])
@@ -84,23 +26,22 @@ def deltas(base, tensors, ranks=RANKS, alphas=ALPHAS, targets=TARGETS):
 def test_logits_are_those_of_the_formula(ranks, dtype, reference, tmp_path):
     tiny = reference("llama")
     alphas = ALPHAS[: len(ranks)]
-    tensors = make_tensors(tiny.base, ranks, dtype=dtype)
     config = make_config(r=ranks, lora_alpha=alphas)
+    tensors = make_tensors(config, tiny.base, dtype)
     adapter = lower(write_adapter(tmp_path, config, tensors), tiny.base)
-    tiny.assert_same(adapter, hooked_logits(tiny.model, deltas(tiny.base, tensors, ranks, alphas), tiny.tokens))
+    deltas = {module: partial(delta, config, tensors, module) for module in adapter.sites}
+    tiny.assert_same(adapter, hooked_logits(tiny.model, deltas, tiny.tokens))
     assert set(adapter.ranks.values()) == {sum(ranks)}
     assert all(site.a.dtype == site.b.dtype == dtype for site in adapter.sites.values())
 
 
 def test_logits_are_those_of_the_formula_on_transposed_layers(reference, tmp_path):
     tiny = reference("gpt2")
-    targets = ("c_attn",)
-    tensors = make_tensors(tiny.base, [2, 3], targets)
     config = make_config(r=[2, 3], lora_alpha=[4, 5], target_modules=["c_attn"], fan_in_fan_out=True)
+    tensors = make_tensors(config, tiny.base)
     adapter = lower(write_adapter(tmp_path, config, tensors), tiny.base)
-    tiny.assert_same(
-        adapter, hooked_logits(tiny.model, deltas(tiny.base, tensors, [2, 3], [4, 5], targets), tiny.tokens)
-    )
+    deltas = {module: partial(delta, config, tensors, module) for module in adapter.sites}
+    tiny.assert_same(adapter, hooked_logits(tiny.model, deltas, tiny.tokens))
 
 
 @settings(max_examples=20, deadline=None)
@@ -117,17 +58,12 @@ def test_any_shape_gives_the_blocks_one_after_the_other(tmp_path_factory, ranks,
     d_in = n * width + beyond % n
     base = BaseModel("one", {"layers.0.q_proj": (d_in, n * height)})
     alphas = torch.randn(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    tensors = make_tensors(base, ranks, seed=seed)
     config = make_config(r=ranks, lora_alpha=alphas)
+    tensors = make_tensors(config, base, seed=seed)
     adapter = lower(write_adapter(tmp_path_factory.mktemp("adapter"), config, tensors), base)
     x = torch.randn(3, d_in, generator=torch.Generator().manual_seed(seed))
-    expected = deltas(base, tensors, ranks, alphas)["layers.0.q_proj"](x)
+    expected = delta(config, tensors, "layers.0.q_proj", x)
     torch.testing.assert_close(site_delta(adapter.sites["layers.0.q_proj"], {}, x), expected, rtol=1e-6, atol=1e-5)
-
-
-def test_exactly_one_method_claims_the_folder(tmp_path):
-    folder = AdapterFolder(write_adapter(tmp_path, make_config(), make_tensors()))
-    assert [method.name for method in METHODS if method.detect(folder)] == ["melora"]
 
 
 def test_the_prefix_may_be_missing(tmp_path):

@@ -1,10 +1,4 @@
-"""MOELoRA: one task is the plain LoRA of the formula, all tasks are a table, and the rest is refused by name.
-
-The names are those that liuqidong07/MOELoRA-peft at 949c8c5 and ccb426d saves: `MMOELoraLinear`, `MMOELinearA`,
-`Expert` (whose `weight` is its `mlp`'s once more) and `Gate` in `src/MLoRA/peft/tuners/mmoelora.py`,
-`PeftModelForCausalLMShared` in `peft_model.py` (the gate of the whole model), and `get_peft_model_state_dict`, which
-takes `.default` out.
-"""
+"""MOELoRA: one task is the plain LoRA of the formula, all tasks are a table, and the rest is refused by name."""
 
 import json
 from functools import partial
@@ -17,70 +11,16 @@ from hypothesis import strategies as st
 from loramux_adapters import BaseModel, check_servable, lower, prepare
 from loramux_adapters.artefact import digest_of
 from loramux_adapters.errors import AdapterUnsupportedFeature
-from loramux_adapters.files import AdapterFolder
 from loramux_adapters.gate import GateKind
-from loramux_adapters.methods import METHODS
 
 from ..checkpoints import BASE, write_adapter
 from ..form import logits, site_delta
 from ..hooks import hooked_logits
+from ..layouts.moelora import EMBEDDING, GATE, NUMBER, RANK, TASKS, delta, make_config, make_tensors
 from .refusals import assert_refused, drop, poison, put
 
-TARGETS = ("q_proj", "k_proj")
-RANK, NUMBER, TASKS, WIDTH, ALPHA = 8, 4, 3, 5, 16
 SITE = "base_model.model.model.layers.0.self_attn.q_proj"
 A1, COPY = f"{SITE}.lora_A.loraA.1.mlp.weight", f"{SITE}.lora_A.loraA.1.weight"
-EMBEDDING, GATE = "lora_task_embedding.weight", "lora_gate.GateL.weight"
-
-
-def make_config(**changes):
-    config = {
-        "peft_type": "MMOELORAS",
-        "task_type": "CAUSAL_LMS",
-        "base_model_name_or_path": "somebody/tiny",
-        "inference_mode": True,
-        "r": RANK,
-        "lora_alpha": ALPHA,
-        "lora_dropout": 0.1,
-        "fan_in_fan_out": False,
-        "bias": "none",
-        "modules_to_save": None,
-        "init_lora_weights": True,
-        "target_modules": list(TARGETS),
-        "task_num": TASKS,
-        "task_embedding_dim": WIDTH,
-        "expert_num": NUMBER,
-    }
-    return config | changes
-
-
-def make_tensors(config, base=BASE, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    number, rank = config["expert_num"], config["r"] // config["expert_num"]
-    table = {EMBEDDING: (config["task_num"] + 1, config["task_embedding_dim"])}
-    table[GATE] = (number, config["task_embedding_dim"])
-    shapes = dict(table) if config["peft_type"] == "MMOELORAS" else {}
-    for module, (d_in, d_out) in base.linears.items():
-        if module.endswith(TARGETS):
-            place = f"base_model.model.{module}"
-            shapes |= {f"{place}.{name}": shape for name, shape in table.items()}
-            for e in range(number):
-                shapes[f"{place}.lora_A.loraA.{e}.mlp.weight"] = (rank, d_in)
-                shapes[f"{place}.lora_B.loraB.{e}.mlp.weight"] = (d_out, rank)
-    tensors = {n: (torch.randn(s, generator=generator) / s[-1] ** 0.5).to(dtype) for n, s in shapes.items()}
-    return tensors | {name.replace(".mlp.", "."): t.clone() for name, t in tensors.items() if ".mlp." in name}
-
-
-def delta(config, tensors, module, task, x):
-    place = f"base_model.model.{module}"
-    prefix = "" if config["peft_type"] == "MMOELORAS" else f"{place}."
-    g = torch.softmax(tensors[prefix + GATE].double() @ tensors[prefix + EMBEDDING][task].double(), 0)
-    total = 0
-    for e in range(config["expert_num"]):
-        down = x.double() @ tensors[f"{place}.lora_A.loraA.{e}.mlp.weight"].double().T
-        up = down @ tensors[f"{place}.lora_B.loraB.{e}.mlp.weight"].double().T
-        total = total + up * (config["lora_alpha"] / config["r"]) * g[e]
-    return total
 
 
 @pytest.mark.parametrize("kind", ["MMOELORAS", "MMOELORA"])
@@ -93,7 +33,7 @@ def test_one_task_has_the_logits_of_the_formula(tmp_path, reference, kind, task,
     check_servable(adapter)
     assert adapter.method == "moelora" and not adapter.gates and set(adapter.ranks.values()) == {RANK}
     assert all(site.a.dtype == site.b.dtype == dtype and site.expert is None for site in adapter.sites.values())
-    deltas = {module: partial(delta, config, tensors, module, task) for module in adapter.sites}
+    deltas = {module: partial(delta, config, tensors, module) for module in adapter.sites}
     expected = hooked_logits(tiny.model, deltas, tiny.tokens)
     moved = (expected - tiny.base_logits()).abs().max()
     assert len(deltas) == 4 and moved > 1e-3
@@ -114,7 +54,7 @@ def test_any_shape(tmp_path_factory, rank, number, tasks, width, d_in, d_out, se
     adapter = lower(write_adapter(tmp_path_factory.mktemp("moelora"), config, tensors), base)
     ((module, site),) = adapter.sites.items()
     x = torch.randn(5, d_in, generator=torch.Generator().manual_seed(seed + 1))
-    expected = delta(config, tensors, module, task, x)
+    expected = delta(config, tensors, module, x)
     tolerance = 1e-6 * float(expected.abs().max())
     torch.testing.assert_close(site_delta(site, {}, x), expected, rtol=1e-6, atol=tolerance)
 
@@ -148,11 +88,6 @@ def test_gates_that_its_code_does_not_read_are_told(tmp_path):
     shared = {name: t for name, t in tensors.items() if "layers" not in name or "lora_A" in name or "lora_B" in name}
     quiet = lower(write_adapter(tmp_path / "shared", config, shared), BASE)
     assert digest_of(quiet) == digest_of(told) and not any("gates" in warning for warning in quiet.warnings)
-
-
-def test_exactly_one_method_claims_the_folder(tmp_path):
-    folder = AdapterFolder(write_adapter(tmp_path, make_config(), make_tensors(make_config())))
-    assert [method.name for method in METHODS if method.detect(folder)] == ["moelora"]
 
 
 def test_a_raw_state_dict_means_the_same(tmp_path):

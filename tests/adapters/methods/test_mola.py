@@ -1,8 +1,4 @@
-"""MoLA's own layout: what is lowered equals the formula, and what cannot be applied is refused by name.
-
-The names are those of GCYZSL/MoLA at 4c7324d: `router.router` and `lora_A.default_{e}` in `src/mola_lora_hacked.py`.
-When it saves, `get_peft_model_state_dict_moe` in `src/mola_peft_model_hacked.py` takes `.default` out of them.
-"""
+"""MoLA's own layout: what is lowered equals the formula, and what cannot be applied is refused by name."""
 
 import json
 
@@ -16,47 +12,10 @@ from loramux_adapters.methods import METHODS
 
 from ..checkpoints import BASE, write_adapter
 from ..form import site_delta
-from ..mixture_reference import mixture_delta
+from ..layouts.mola import EXPERTS, RANKS, TOP_K, delta, make_config, make_tensors
 
 MODULES = [module for module in BASE.linears if module.endswith(("q_proj", "down_proj"))]
-RANKS, EXPERTS, TOP_K, ALPHA = [4, 3], [2, 5], [2, 3], 12
 ROUTER = "base_model.model.model.layers.1.self_attn.q_proj.router.router.weight"
-
-
-def make_config(**changes):
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": "somebody/tiny",
-        "r": RANKS,
-        "lora_alpha": ALPHA,
-        "lora_dropout": 0.05,
-        "target_modules": ["q_proj", "down_proj"],
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "modules_to_save": None,
-        "revision": None,
-        "task_type": "CAUSAL_LM",
-        "top_k": TOP_K,
-    }
-    return {key: value for key, value in (config | changes).items() if value is not ...}
-
-
-def make_tensors(expert="lora_{factor}_{e}", dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for module in MODULES:
-        (d_in, d_out), layer = BASE.linears[module], int(module.split(".")[2])
-        place = f"base_model.model.{module}"
-        tensors[f"{place}.router.router.weight"] = torch.randn(EXPERTS[layer], d_in, generator=generator).to(dtype)
-        for e in range(EXPERTS[layer]):
-            for factor, shape in (("A", (RANKS[layer], d_in)), ("B", (d_out, RANKS[layer]))):
-                name = f"{place}.{expert.format(factor=factor, e=e)}.weight"
-                tensors[name] = torch.randn(shape, generator=generator).to(dtype)
-    return tensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -66,30 +25,19 @@ def test_every_site_computes_the_formula(tmp_path, dtype):
     assert adapter.method == "mola" and set(adapter.sites) == set(MODULES)
     for module, site in adapter.sites.items():
         layer = int(module.split(".")[2])
-        count, place = EXPERTS[layer], f"base_model.model.{module}"
+        count = EXPERTS[layer]
         x = torch.randn(20, BASE.linears[module][0], generator=torch.Generator().manual_seed(1))
-        expected = mixture_delta(
-            x,
-            tensors[f"{place}.router.router.weight"],
-            [tensors[f"{place}.lora_A_{e}.weight"] for e in range(count)],
-            [tensors[f"{place}.lora_B_{e}.weight"] for e in range(count)],
-            [ALPHA / RANKS[layer]] * count,
-            TOP_K[layer],
-        )
+        expected = delta(make_config(), tensors, module, x)
         assert site.rank == count * RANKS[layer] and adapter.gates[site.gate].experts == count
         assert site.a.dtype == site.b.dtype == adapter.gates[site.gate].weights.dtype == dtype
         assert (site_delta(site, adapter.gates, x) - expected).abs().max() < 1e-9 * expected.abs().max()
         # A dense gate, or another k, is another function.
-        assert (site_delta(site, {site.gate: one_expert(adapter.gates[site.gate])}, x) - expected).abs().max() > 0.1
+        other = site_delta(site, {site.gate: one_expert(adapter.gates[site.gate])}, x)
+        assert (other - expected).abs().max() > 0.1 * expected.abs().max()
 
 
 def one_expert(gate):
     return type(gate)(gate.weights, select=gate.select, k=1, norm=gate.norm)
-
-
-def test_exactly_one_method_claims_the_folder(tmp_path):
-    folder = AdapterFolder(write_adapter(tmp_path, make_config(), make_tensors()))
-    assert [method.name for method in METHODS if method.detect(folder)] == ["mola"]
 
 
 def test_all_spellings_mean_the_same(tmp_path):

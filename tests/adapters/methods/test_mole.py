@@ -1,10 +1,4 @@
-"""MoLE and AdaMoLE equal the loops of their paper, and what cannot be applied is refused by name.
-
-The names are those that zefang-liu/AdaMoLE at 3b05d4a saves: `get_peft_model_state_dict` of its
-`src/utils/save_and_load.py` keeps what has `lora_` in its name and takes `.default` out, of the modules that
-`src/mole/layer.py` and `src/adamole/layer.py` build; `moe_layer` holds the same factors again. The fields are those of
-its `MoleConfig` and `AdaMoleConfig`.
-"""
+"""MoLE and AdaMoLE equal the loops of their paper, and what cannot be applied is refused by name."""
 
 import re
 from functools import partial
@@ -17,85 +11,15 @@ from hypothesis import strategies as st
 from loramux_adapters import BaseModel, check_servable, lower
 from loramux_adapters.artefact import digest_of
 from loramux_adapters.errors import AdapterUnsupportedFeature
-from loramux_adapters.files import AdapterFolder, unsafe_pickle
-from loramux_adapters.methods import METHODS
+from loramux_adapters.files import unsafe_pickle
 
 from ..checkpoints import BASE, write_adapter
 from ..form import logits, site_delta
 from ..hooks import hooked_logits
+from ..layouts.mole import GATES, NUMBER, RANK, delta, make_config, make_tensors
 from .refusals import assert_refused, drop, poison, put
 
-TARGETS = ("q_proj", "down_proj")
-RANK, NUMBER, ALPHA = 4, 5, 16
 SITE = "base_model.model.model.layers.1.self_attn.q_proj"
-GATES = {
-    "top_k": {"top_k": 2},
-    "threshold": {"threshold": 0.25},
-    "adaptive": {"peft_type": "ADAMOLE", "max_threshold": None},
-}
-
-
-def make_config(**changes):
-    return {
-        "peft_type": "MOLE",
-        "auto_mapping": None,
-        "base_model_name_or_path": "somebody/tiny",
-        "revision": None,
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "lora_rank": RANK,
-        "lora_alpha": ALPHA,
-        "lora_dropout": 0.05,
-        "bias": "none",
-        "target_modules": list(TARGETS),
-        "init_lora_weights": True,
-        "num_experts": NUMBER,
-    } | changes
-
-
-def make_tensors(config, base=BASE, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    rank, number, tensors = config["lora_rank"], config["num_experts"], {}
-    for module, (d_in, d_out) in base.linears.items():
-        if not module.endswith(TARGETS):
-            continue
-        shapes = {"lora_gating.weight": (number, d_in)}
-        for e in range(number):
-            shapes |= {f"lora_A.{e}.weight": (rank, d_in), f"lora_B.{e}.weight": (d_out, rank)}
-        if config["peft_type"] == "ADAMOLE":
-            shapes |= {"lora_threshold.weight": (1, d_in), "lora_threshold.bias": (1,)}
-        place = f"base_model.model.{module}"
-        for name, shape in shapes.items():
-            tensors[f"{place}.{name}"] = (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
-        for e in range(number):
-            for factor in "AB":
-                copy = tensors[f"{place}.lora_{factor}.{e}.weight"].clone()
-                tensors[f"{place}.moe_layer.experts.{e}.lora_{factor}.weight"] = copy
-    return tensors
-
-
-def delta(config, tensors, module, x):
-    """Token by token, as the paper's equations have it."""
-    part = {name.split(f"{module}.")[1]: t.double() for name, t in tensors.items() if f".{module}." in f".{name}"}
-    number, rows = config["num_experts"], []
-    for token in x.double():
-        p = torch.softmax(part["lora_gating.weight"] @ token, 0).tolist()
-        if config["peft_type"] == "ADAMOLE":
-            most = config.get("max_threshold") or 1 / number
-            logit = part["lora_threshold.weight"][0] @ token + part["lora_threshold.bias"][0]
-            weights = [max(value - most / (1 + float(torch.exp(-logit))), 0) for value in p]
-        elif config.get("top_k"):
-            best = sorted(range(number), key=lambda e, p=p: -p[e])[: config["top_k"]]
-            weights = [value if e in best else 0 for e, value in enumerate(p)]
-        else:
-            weights = [value if value >= config["threshold"] else 0 for value in p]
-        row = torch.zeros(part["lora_B.0.weight"].shape[0], dtype=torch.float64)
-        for e, weight in enumerate(weights):
-            if weight:
-                up = part[f"lora_B.{e}.weight"] @ (part[f"lora_A.{e}.weight"] @ token)
-                row += weight / sum(weights) * config["lora_alpha"] / config["lora_rank"] * up
-        rows.append(row)
-    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -132,12 +56,6 @@ def test_any_shape(tmp_path_factory, gate, rank, number, d_in, d_out, seed):
     assert site.rank == rank * number
     # The scale is float32.
     torch.testing.assert_close(site_delta(site, adapter.gates, x), expected, rtol=1e-6, atol=1e-9)
-
-
-def test_exactly_one_method_claims_the_folder(tmp_path):
-    config = make_config(top_k=2)
-    folder = AdapterFolder(write_adapter(tmp_path, config, make_tensors(config)))
-    assert [method.name for method in METHODS if method.detect(folder)] == ["mole"]
 
 
 def test_all_spellings_mean_the_same(tmp_path):

@@ -1,10 +1,4 @@
-"""PHATGOOSE's tensors equal its formula, are not served yet, and what cannot be applied is refused by name.
-
-The names are those that r-three/phatgoose at 1d23ac4 saves, which `scripts/concatenate.py` and
-`scripts/manipulations.py` spell: `Router` and `FFNExperts` of `src/models/addons/moe.py` under the names that
-`colm/models/t5xl/moe_lora_rank16_a2.gin` gives them. Its base is a T5; here the names of a decoder stand before
-`._addons`. The config is ours.
-"""
+"""PHATGOOSE's tensors equal its formula, are not served yet, and what cannot be applied is refused by name."""
 
 from functools import partial
 
@@ -12,59 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import layer_norm
 
 from loramux_adapters import BaseModel, lower, unserved
-from loramux_adapters.files import AdapterFolder
-from loramux_adapters.methods import METHODS
 
 from ..checkpoints import BASE, write_adapter
 from ..form import logits, site_delta
 from ..hooks import hooked_logits
+from ..layouts.phatgoose import RANK, delta, make_config, make_tensors
 from .refusals import assert_refused, drop, poison, put
 
-TARGETS = ("q_proj", "down_proj")
-RANK, NUMBER = 4, 5
 SITE = "model.layers.0.mlp.down_proj._addons"
 A2, V2 = f"{SITE}.expert_lora.layer1__2", f"{SITE}.router.expert_embeddings__2"
-
-
-def make_config(**changes):
-    config = {
-        "peft_type": "PHATGOOSE",
-        "base_model_name_or_path": "somebody/tiny",
-        "target_modules": list(TARGETS),
-        "d_bottleneck": RANK,
-        "num_experts": NUMBER,
-    }
-    return config | changes
-
-
-def make_tensors(config, base=BASE, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tensors, rank = {}, config["d_bottleneck"]
-    for module, (d_in, d_out) in base.linears.items():
-        for e in range(config["num_experts"]) if module.endswith(TARGETS) else ():
-            shapes = {"expert_lora.layer1": (d_in, rank), "expert_lora.layer2": (rank, d_out)}
-            shapes["router.expert_embeddings"] = (d_in,)
-            for name, shape in shapes.items():
-                tensors[f"{module}._addons.{name}__{e}"] = torch.randn(shape, generator=generator).to(dtype)
-    return tensors
-
-
-def delta(config, tensors, module, x):
-    """As its forward pass has it: scores of two LayerNorms, softmax over all, the best, divided by their sum + eps."""
-    place, number, width = f"{module}._addons", config["num_experts"], x.shape[1]
-    vectors = torch.stack([tensors[f"{place}.router.expert_embeddings__{e}"].double() for e in range(number)])
-    scores = layer_norm(x.double(), (width,)) @ layer_norm(vectors, (width,)).T * (1 / width) ** 0.5
-    best, chosen = torch.softmax(scores, 1).topk(config.get("topk_value", 2))
-    best = best / (best.sum(1, keepdim=True) + config.get("epsilon", 1e-6))
-    g = torch.zeros_like(scores).scatter(1, chosen, best)
-    total = 0
-    for e in range(number):
-        middle = x.double() @ tensors[f"{place}.expert_lora.layer1__{e}"].double()
-        total = total + g[:, e : e + 1] * (middle @ tensors[f"{place}.expert_lora.layer2__{e}"].double())
-    return total / config["d_bottleneck"] if config.get("divide_by_d_bottleneck", True) else total
 
 
 @pytest.mark.parametrize(
@@ -105,11 +57,6 @@ def test_any_shape(tmp_path_factory, rank, number, d_in, d_out, seed, data):
 def test_only_the_layer_norm_keeps_it_from_being_served(tmp_path):
     adapter = lower(write_adapter(tmp_path, make_config(), make_tensors(make_config())), BASE)
     assert {obstacle.split(": ")[0].rpartition(".")[2] for obstacle in unserved(adapter)} == {"pre"}
-
-
-def test_exactly_one_method_claims_the_folder(tmp_path):
-    folder = AdapterFolder(write_adapter(tmp_path, make_config(), make_tensors(make_config())))
-    assert [method.name for method in METHODS if method.detect(folder)] == ["phatgoose"]
 
 
 @pytest.mark.parametrize(

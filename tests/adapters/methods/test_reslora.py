@@ -1,7 +1,6 @@
 """ResLoRA: block shortcuts are served exactly, the others are kept, what its code approximates is refused.
 
-The names are those that microsoft/LMOps writes: `save_checkpoint` in `reslora/myloralib/reslora.py` at c7b5576. The
-fields are those of `ResLoraConfig` in `config.py`; the reference does what `ResLoraLinear.forward` in `layers.py` does.
+The reference does what `ResLoraLinear.forward` in its `layers.py` does.
 """
 
 import json
@@ -15,49 +14,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from loramux_adapters import AdapterError, BaseModel, check_servable, lower, prepare, unserved
-from loramux_adapters.files import AdapterFolder
 from loramux_adapters.lowered import CarryKind
-from loramux_adapters.methods import METHODS
 
-from ..checkpoints import BASE, make_config, write_adapter
+from ..checkpoints import BASE, write_adapter
 from ..form import logits, site_delta
+from ..layouts.reslora import CONFIG_FILE, RANK, make_config, make_tensors
 from .refusals import drop, poison, put
 
-RANK, ALPHA = 4, 8
 SITE = "model.layers.1.self_attn.q_proj.loras"
-
-
-def res_config(**changes):
-    config = {
-        "rank": RANK,
-        "lora_alpha": ALPHA,
-        "lora_dropout": 0.05,
-        "start_index": 0,
-        "target_modules": "q.f",
-        "lora_num": 1,
-        "merge_weights": True,
-        "res_flag": 2,
-        "merge_flag": 0,
-        "pre_num": -1,
-        "merge_4_len": 100,
-    }
-    return config | changes
-
-
-def res_tensors(config, base=BASE, dtype=torch.float32, seed=0, targets=("q_proj", "up_proj", "down_proj")):
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for module, (d_in, d_out) in base.linears.items():
-        for i in range(config["start_index"] + 1) if module.endswith(targets) else ():
-            for factor, shape in (("A", (config["rank"], d_in)), ("B", (d_out, config["rank"]))):
-                value = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-                tensors[f"{module}.loras.{i}.lora_{factor}"] = value.to(dtype)
-    return tensors
 
 
 def write(folder, config, tensors):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "reslora_config.json").write_text(json.dumps(config))
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 
@@ -141,8 +110,8 @@ def carried_logits(model, adapter, tokens):
 @pytest.mark.parametrize(("last", "dtype"), [(0, torch.float32), (1, torch.bfloat16)])
 def test_block_shortcuts_have_the_logits_of_its_code(tmp_path, reference, options, last, dtype):
     tiny = reference("llama")
-    config = res_config(start_index=last, lora_num=2, **options)
-    tensors = res_tensors(config, tiny.base, dtype)
+    config = make_config(start_index=last, lora_num=2, **options)
+    tensors = make_tensors(config, tiny.base, dtype)
     adapter = lower(write(tmp_path, config, tensors), tiny.base)
     check_servable(adapter)
     assert adapter.method == "reslora" and len(adapter.sites) == 6
@@ -157,8 +126,8 @@ def test_block_shortcuts_have_the_logits_of_its_code(tmp_path, reference, option
 @pytest.mark.parametrize("last", [0, 1])
 def test_input_and_middle_shortcuts_are_kept_but_not_served(tmp_path, reference, options, last):
     tiny = reference("llama")
-    config = res_config(start_index=last, lora_num=2, **options)
-    tensors = res_tensors(config, tiny.base)
+    config = make_config(start_index=last, lora_num=2, **options)
+    tensors = make_tensors(config, tiny.base)
     folder = write(tmp_path / "adapter", config, tensors)
     adapter = lower(folder, tiny.base)
     expected = Reference(config, tensors, tiny.base).logits(tiny.model, tiny.tokens)
@@ -176,8 +145,8 @@ def test_input_and_middle_shortcuts_are_kept_but_not_served(tmp_path, reference,
 )  # fmt: skip
 def test_any_shape_and_depth(tmp_path_factory, rank, layers, most, d_in, d_out, last, seed):
     base = BaseModel("tiny", {f"model.layers.{n}.self_attn.q_proj": (d_in, d_out) for n in range(layers)})
-    config = res_config(rank=rank, pre_num=most, start_index=last, lora_num=3, target_modules="q")
-    tensors = res_tensors(config, base, seed=seed)
+    config = make_config(rank=rank, pre_num=most, start_index=last, lora_num=3, target_modules="q")
+    tensors = make_tensors(config, base, seed=seed)
     adapter = lower(write(tmp_path_factory.mktemp("reslora"), config, tensors), base)
     own = Reference(config, tensors, base)
     x = torch.randn(5, d_in, generator=torch.Generator().manual_seed(seed + 1)).double()
@@ -189,22 +158,22 @@ def test_any_shape_and_depth(tmp_path_factory, rank, layers, most, d_in, d_out, 
 def test_layers_of_other_widths_are_not_linked(tmp_path):
     widths = [(8, 8), (8, 8), (8, 6), (8, 6)]
     base = BaseModel("odd", {f"model.layers.{n}.self_attn.q_proj": w for n, w in enumerate(widths)})
-    config = res_config(target_modules="q")
-    adapter = lower(write(tmp_path, config, res_tensors(config, base)), base)
+    config = make_config(target_modules="q")
+    adapter = lower(write(tmp_path, config, make_tensors(config, base)), base)
     assert list(adapter.ranks.values()) == [RANK, 2 * RANK, RANK, 2 * RANK]
 
 
 def test_loras_that_its_code_added_up_are_one(tmp_path):
     """`save_lora_checkpoint` adds them up and leaves start_index as it is."""
-    one = res_config()
-    adapter = lower(write(tmp_path, res_config(start_index=2, lora_num=3), res_tensors(one)), BASE)
+    one = make_config()
+    adapter = lower(write(tmp_path, make_config(start_index=2, lora_num=3), make_tensors(one)), BASE)
     assert adapter.ranks["model.layers.0.self_attn.q_proj"] == RANK
 
 
 def test_what_grows_too_much_when_it_is_stacked_is_refused(tmp_path):
     base = BaseModel("deep", {f"model.layers.{n}.self_attn.q_proj": (24, 24) for n in range(12)})
-    config = res_config(target_modules="q")
-    folder = write(tmp_path, config, res_tensors(config, base))
+    config = make_config(target_modules="q")
+    folder = write(tmp_path, config, make_tensors(config, base))
     size = (folder / "adapter_model.safetensors").stat().st_size
     assert len(lower(folder, base, max_bytes=7 * size).sites) == 12
     with pytest.raises(AdapterError) as refusal:
@@ -212,14 +181,9 @@ def test_what_grows_too_much_when_it_is_stacked_is_refused(tmp_path):
     assert refusal.value.code == "adapter_too_large"
 
 
-def test_exactly_one_method_claims_the_folder(tmp_path):
-    folder = AdapterFolder(write(tmp_path, res_config(), res_tensors(res_config())))
-    assert [method.name for method in METHODS if method.detect(folder)] == ["reslora"]
-
-
 def test_the_pickle_it_saves_is_refused_with_the_command(tmp_path):
-    (tmp_path / "reslora_config.json").write_text(json.dumps(res_config()))
-    torch.save(res_tensors(res_config()), tmp_path / "pytorch_model_lora.bin")
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(make_config()))
+    torch.save(make_tensors(make_config()), tmp_path / "pytorch_model_lora.bin")
     with pytest.raises(AdapterError) as refusal:
         lower(tmp_path, BASE)
     assert (refusal.value.code, refusal.value.field) == ("adapter_unsafe_file", "pytorch_model_lora.bin")
@@ -227,11 +191,11 @@ def test_the_pickle_it_saves_is_refused_with_the_command(tmp_path):
 
 
 def test_two_configs_are_one_too_many(tmp_path):
-    folder = write_adapter(tmp_path, make_config())
-    (folder / "reslora_config.json").write_text(json.dumps(res_config()))
+    folder = write_adapter(tmp_path)
+    (folder / CONFIG_FILE).write_text(json.dumps(make_config()))
     with pytest.raises(AdapterError) as refusal:
         lower(folder, BASE)
-    assert refusal.value.field == "reslora_config.json"
+    assert refusal.value.field == CONFIG_FILE
 
 
 A0 = f"{SITE}.0.lora_A"
@@ -264,17 +228,17 @@ A0 = f"{SITE}.0.lora_A"
     ],
 )
 def test_wrong_variants_are_refused(tmp_path, config, spoil, code, field):
-    tensors = res_tensors(res_config())
+    tensors = make_tensors(make_config())
     if spoil is not None:
         spoil(tensors)
     with pytest.raises(AdapterError) as refusal:
-        lower(write(tmp_path, res_config(**config), tensors), BASE)
+        lower(write(tmp_path, make_config(**config), tensors), BASE)
     assert refusal.value.code == code
     assert field is None or refusal.value.field == field
 
 
 def test_more_loras_than_were_trained_are_refused(tmp_path):
-    tensors = res_tensors(res_config(start_index=1))
+    tensors = make_tensors(make_config(start_index=1))
     with pytest.raises(AdapterError) as refusal:
-        lower(write(tmp_path, res_config(lora_num=2), tensors), BASE)
+        lower(write(tmp_path, make_config(lora_num=2), tensors), BASE)
     assert (refusal.value.code, refusal.value.field) == ("adapter_config_invalid", "start_index")

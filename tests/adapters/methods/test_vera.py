@@ -1,7 +1,6 @@
 """VeRA: the lowered form gives the logits that PEFT gives, with the projections in the file or drawn again.
 
-PEFT writes the files of the first tests; those of the others repeat its names: `<module>.vera_lambda_b`,
-`<module>.vera_lambda_d`, and `base_model.vera_A`, `base_model.vera_B` for all modules.
+PEFT writes the files of the first tests; those of the others repeat its names.
 """
 
 import json
@@ -15,12 +14,11 @@ from hypothesis import strategies as st
 
 from loramux_adapters import AdapterError, lower, open_artefact, prepare
 from loramux_adapters.artefact import digest_of
-from loramux_adapters.files import AdapterFolder
-from loramux_adapters.methods import METHODS
 from loramux_adapters.methods.vera import _OWN_FIELDS
 
 from ..checkpoints import BASE, write_adapter
 from ..form import site_delta
+from ..layouts.vera import RANK, make_config, make_tensors
 from .refusals import assert_refused, drop, put
 
 CASES = {
@@ -91,39 +89,17 @@ def test_every_field_of_the_installed_peft_is_accounted_for():
     assert added | {"r", "projection_dtype"} == _OWN_FIELDS
 
 
-RANK = 6
 MODULES = [module for module in BASE.linears if module.endswith(("k_proj", "down_proj"))]
 SITE = f"base_model.model.{MODULES[0]}"
 WIDEST_IN, WIDEST_OUT = 40, 24
 
 
-def make_config(**changes):
-    config = {
-        "peft_type": "VERA",
-        "r": RANK,
-        "target_modules": ["k_proj", "down_proj"],
-        "save_projection": True,
-        "projection_prng_key": 0,
-        "bias": "none",
-        "base_model_name_or_path": "somebody/tiny",
-    } | changes
-    return {name: value for name, value in config.items() if value is not ...}
-
-
-def make_tensors(rank=RANK, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"base_model.vera_A": (rank, WIDEST_IN), "base_model.vera_B": (WIDEST_OUT, rank)}
-    for module in MODULES:
-        shapes[f"base_model.model.{module}.vera_lambda_b"] = (BASE.linears[module][1],)
-        shapes[f"base_model.model.{module}.vera_lambda_d"] = (rank,)
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-
-
 @settings(max_examples=20, deadline=None)
 @given(rank=st.integers(1, 300), half=st.sampled_from([None, torch.bfloat16, torch.float16]), seed=st.integers(0, 1000))
 def test_any_rank_gives_the_dense_delta(tmp_path_factory, rank, half, seed):
-    tensors = make_tensors(rank, half or torch.float32, seed)
-    adapter = lower(write_adapter(tmp_path_factory.mktemp("adapter"), make_config(r=rank), tensors), BASE)
+    config = make_config(r=rank)
+    tensors = make_tensors(config, dtype=half or torch.float32, seed=seed)
+    adapter = lower(write_adapter(tmp_path_factory.mktemp("adapter"), config, tensors), BASE)
     a, b = tensors["base_model.vera_A"].double(), tensors["base_model.vera_B"].double()
     for module, site in adapter.sites.items():
         d_in, d_out = BASE.linears[module]
@@ -133,11 +109,6 @@ def test_any_rank_gives_the_dense_delta(tmp_path_factory, rank, half, seed):
         x = torch.randn(3, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         expected = outer * (inner * (x @ a[:, :d_in].T) @ b[:d_out].T)
         torch.testing.assert_close(site_delta(site, {}, x), expected, **close)
-
-
-def test_exactly_one_method_claims_the_folder(tmp_path):
-    folder = AdapterFolder(write_adapter(tmp_path, make_config(), make_tensors()))
-    assert [method.name for method in METHODS if method.detect(folder)] == ["vera"]
 
 
 def test_all_spellings_mean_the_same(tmp_path):
@@ -165,8 +136,8 @@ def test_sites_of_one_width_share_rows_until_they_are_written(tmp_path):
 
 
 def test_what_is_too_large_when_it_is_lowered_is_refused(tmp_path):
-    tensors = make_tensors(1000)
-    folder = write_adapter(tmp_path, make_config(r=1000), tensors)
+    config = make_config(r=1000)
+    folder = write_adapter(tmp_path, config, make_tensors(config))
     nbytes = sum(4 * 1000 * sum(BASE.linears[module]) for module in MODULES)
     lower(folder, BASE, max_bytes=nbytes)
     with pytest.raises(AdapterError) as refusal:

@@ -1,0 +1,23 @@
+"""PEFT's LoRA: `<module>.lora_A.weight`, `.lora_B.weight` and, with `lora_bias`, `.lora_B.bias` (peft 0.21)."""
+
+import torch
+
+from .. import checkpoints
+from ..checkpoints import BASE
+from .draw import PREFIX, draw, targeted
+
+
+def make_config(**changes):
+    return checkpoints.make_config(**changes)
+
+
+def make_tensors(config=None, base=BASE, dtype=torch.float32, seed=0):
+    config = config or make_config()
+    shapes = {}
+    for module in targeted(config, base):
+        d_in, d_out = base.linears[module]
+        rank, place = config.get("rank_pattern", {}).get(module, config["r"]), PREFIX + module
+        shapes |= {f"{place}.lora_A.weight": (rank, d_in), f"{place}.lora_B.weight": (d_out, rank)}
+        if config.get("lora_bias"):
+            shapes[f"{place}.lora_B.bias"] = (d_out,)
+    return draw(shapes, dtype, seed)
