@@ -30,7 +30,7 @@ DEBIAN_PACKAGES := g++ libnuma1 python3.11-dev python3.11-venv
 # Where one is missing, the tests that need it are skipped, but not in CI.
 TEST_PACKAGES := chromium
 
-.PHONY: system help serve install test campaign prometheus lint format lock clean
+.PHONY: system help serve install test campaign prometheus lint format matrix lock clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,9 @@ lint: $(PACKAGE) $(TOOLS) ## style, types, and which package may import which
 format: $(TOOLS) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+matrix: $(PACKAGE) ## write the table of methods into adapters/README.md
+	@$(BIN)/python -m loramux_adapters.matrix adapters/README.md
 
 lock: ## resolve the lock files anew from .lock/; ARGS=--upgrade for newer versions
 	@$(PYTHON) -m venv $(LOCK)

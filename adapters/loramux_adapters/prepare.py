@@ -5,9 +5,10 @@ from pathlib import Path
 
 from loramux_adapters.artefact import Artefact, artefact_path, is_intact, summarise, write_artefact
 from loramux_adapters.base_model import BaseModel
+from loramux_adapters.detect import find_method, name_owners
+from loramux_adapters.errors import AdapterMissingTensor, AdapterUnknownTensor, AdapterUnsupportedFeature
 from loramux_adapters.files import DEFAULT_MAX_BYTES, AdapterFolder
 from loramux_adapters.lowered import LoweredAdapter
-from loramux_adapters.methods import find_method
 from loramux_adapters.native import digest_of
 from loramux_adapters.serving import check_servable
 
@@ -23,7 +24,10 @@ def lower(
     """
     folder = AdapterFolder(path, max_bytes)
     method = find_method(folder)
-    checkpoint = method.read(folder, base)
+    try:
+        checkpoint = method.read(folder, base)
+    except (AdapterMissingTensor, AdapterUnknownTensor, AdapterUnsupportedFeature) as error:
+        raise name_owners(error, folder, method) from error.__cause__
     on_read()
     adapter = method.lower(checkpoint, base)
     method.verify(adapter, base)

@@ -5,7 +5,6 @@ from typing import Any, Protocol, TypeVar
 
 from loramux_adapters.abilities import Abilities
 from loramux_adapters.base_model import BaseModel
-from loramux_adapters.errors import AdapterUnsupportedFeature, shown
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.lowered import LoweredAdapter
 from loramux_adapters.methods.adalora import AdaLora
@@ -25,11 +24,10 @@ from loramux_adapters.methods.mole import Mole
 from loramux_adapters.methods.multilora import MultiLora
 from loramux_adapters.methods.native import Native
 from loramux_adapters.methods.phatgoose import Phatgoose
-from loramux_adapters.methods.recognised import MILORA, MTTL, XLORA
+from loramux_adapters.methods.recognised import MILORA, MIXLORA, MTTL, XLORA
 from loramux_adapters.methods.reslora import ResLora
 from loramux_adapters.methods.sira import Sira
 from loramux_adapters.methods.vera import Vera
-from loramux_adapters.native import METADATA_KEY
 
 Checkpoint = TypeVar("Checkpoint")
 
@@ -66,6 +64,7 @@ METHODS: Sequence[Method[Any]] = (
     Malora(),
     Melora(),
     MILORA,
+    MIXLORA,
     MoeLora(),
     MoePeft(),
     Mola(),
@@ -78,22 +77,3 @@ METHODS: Sequence[Method[Any]] = (
     Vera(),
     XLORA,
 )
-
-
-def find_method(folder: AdapterFolder) -> Method[Any]:
-    """The method that the folder holds. Raises AdapterUnsupportedFeature when none of ours does."""
-    for method in METHODS:
-        if (folder.only is None or method.name == Native.name) and method.detect(folder):
-            return method
-    if folder.only is not None:
-        raise AdapterUnsupportedFeature(
-            f"{shown(folder.only)} has no loramux description, so it is no native adapter.",
-            hint="For any other kind of adapter give its folder, not one of its files.",
-            field=METADATA_KEY,
-        )
-    peft_type = folder.read_json("adapter_config.json").get("peft_type")
-    raise AdapterUnsupportedFeature(
-        f"adapter_config.json: peft_type is {shown(peft_type)}.",
-        hint=f"Methods served: {', '.join(method.name for method in METHODS if method.abilities.serve)}.",
-        field="peft_type",
-    )

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterConfigInvalid, shown
 from loramux_adapters.files import AdapterFolder
@@ -62,10 +62,10 @@ class AdaLora:
     """PEFT's ADALORA."""
 
     name = "adalora"
-    abilities = Abilities(read="a PEFT folder with peft_type ADALORA")
+    abilities = Abilities((Layout("AdaLoRA", "PEFT", ("ADALORA",), keys=r".+\.lora_E(\.[^.]+)?"),))
 
     def detect(self, folder: AdapterFolder) -> bool:
-        return peft_config(folder).get("peft_type") == "ADALORA"
+        return peft_config(folder).get("peft_type") in self.abilities.types
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> AdaLoraCheckpoint:
         raw = folder.read_json(CONFIG_FILE)

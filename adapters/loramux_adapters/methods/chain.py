@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import OURS, Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterConfigInvalid, shown
 from loramux_adapters.files import AdapterFolder
@@ -40,7 +40,6 @@ from loramux_adapters.peft.sites import Part, read_sites
 from loramux_adapters.peft.tensors import PREFIX
 from loramux_adapters.verify import verify
 
-_TYPES = ("CHAIN", "COLA", "RACLORA", "XGBLORA")
 _LAYOUT = {
     "a": Part(PREFIX + "{module}.lora_A.{index}.weight", "RI"),
     "b": Part(PREFIX + "{module}.lora_B.{index}.weight", "OR"),
@@ -67,10 +66,17 @@ class Chain:
     """CHAIN, COLA, RACLORA and XGBLORA in the format that this module defines."""
 
     name = "chain"
-    abilities = Abilities(read="CHAIN, COLA, RACLORA, XGBLORA (our format)")
+    abilities = Abilities(
+        (
+            Layout("chain of LoRAs", OURS, ("CHAIN",)),
+            Layout("COLA", OURS, ("COLA",)),
+            Layout("RAC-LoRA", OURS, ("RACLORA",)),
+            Layout("XGBLoRA", OURS, ("XGBLORA",)),
+        )
+    )
 
     def detect(self, folder: AdapterFolder) -> bool:
-        return peft_config(folder).get("peft_type") in _TYPES
+        return peft_config(folder).get("peft_type") in self.abilities.types
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> ChainCheckpoint:
         raw = folder.read_json(CONFIG_FILE)

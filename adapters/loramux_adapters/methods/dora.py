@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterConfigInvalid, AdapterError, AdapterNotFinite, shown
 from loramux_adapters.files import AdapterFolder
@@ -55,7 +55,10 @@ class Dora:
     """PEFT's LORA with `use_dora`."""
 
     name = "dora"
-    abilities = Abilities(read="a PEFT folder with peft_type LORA and use_dora; needs the base's weights")
+    abilities = Abilities(
+        (Layout("DoRA", "PEFT", ("LORA",), when="with `use_dora`", keys=r".+\.lora_magnitude_vector(\..+)?"),),
+        quantised_base="as the numbers in its files; not with `--quantization`, which makes others of them",
+    )
 
     def detect(self, folder: AdapterFolder) -> bool:
         return variant(folder) is Variant.DORA

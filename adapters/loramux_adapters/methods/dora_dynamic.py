@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterConfigInvalid, AdapterUnsafeFile, AdapterUnsupportedFeature, shown
 from loramux_adapters.files import AdapterFolder
@@ -73,10 +73,20 @@ class DoraDynamic:
     """The tensors of the authors' code, in the folder that this module defines."""
 
     name = "dora_dynamic"
-    abilities = Abilities(read="peft_type ADAPTIVE_LORA: tensors of dynamic-rank DoRA's authors")
+    abilities = Abilities(
+        (
+            Layout(
+                "DoRA with dynamic rank",
+                "MIkumikumi0116/DoRA",
+                ("ADAPTIVE_LORA",),
+                when="(our config beside its tensors)",
+                keys=r".+\.(lora_scaler|lora_[ab]_linear\.weight)|finally_mask_dict\..+",
+            ),
+        )
+    )
 
     def detect(self, folder: AdapterFolder) -> bool:
-        return peft_config(folder).get("peft_type") == "ADAPTIVE_LORA"
+        return peft_config(folder).get("peft_type") in self.abilities.types
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> DoraDynamicCheckpoint:
         raw = folder.read_json(CONFIG_FILE)

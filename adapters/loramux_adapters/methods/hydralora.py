@@ -12,7 +12,7 @@ time did, could not be confirmed from its source; names without it are read too.
 
 from dataclasses import dataclass
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.gate import Gate, Norm, Select
@@ -45,7 +45,18 @@ class HydraLora:
     """The layout of HydraLoRA's authors."""
 
     name = "hydralora"
-    abilities = Abilities(read="one A, several B, as HydraLoRA's authors save them", router="token")
+    abilities = Abilities(
+        (
+            Layout(
+                "HydraLoRA",
+                "Clin0212/HydraLoRA",
+                ("LORA",),
+                when="with `lora_nums`",
+                keys=r".+\.(lora_route|lora_B\d+)\.weight",
+            ),
+        ),
+        router="token",
+    )
 
     def detect(self, folder: AdapterFolder) -> bool:
         raw = peft_config(folder)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
@@ -48,7 +48,7 @@ class Lora:
     """PEFT's LORA without variants."""
 
     name = "lora"
-    abilities = Abilities(read="a PEFT folder with peft_type LORA")
+    abilities = Abilities((Layout("LoRA, rsLoRA", "PEFT", ("LORA",)),))
 
     def detect(self, folder: AdapterFolder) -> bool:
         return variant(folder) is Variant.PLAIN

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterConfigInvalid, AdapterUnknownTensor, shown
 from loramux_adapters.files import AdapterFolder
@@ -47,7 +47,18 @@ class LoraBias:
     """PEFT's LORA with `lora_bias`, with trained biases, or with both."""
 
     name = "lora_bias"
-    abilities = Abilities(read="a PEFT folder with peft_type LORA and lora_bias, or bias lora_only or all")
+    abilities = Abilities(
+        (
+            Layout(
+                "LoRA with biases",
+                "PEFT",
+                ("LORA",),
+                when="with `lora_bias`, or with `bias` `lora_only` or `all`",
+                keys=r".+\.lora_B\.bias",
+            ),
+        ),
+        quantised_base="yes, but trained biases need the files of the base that is served",
+    )
 
     def detect(self, folder: AdapterFolder) -> bool:
         return variant(folder) is Variant.BIAS

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import OURS, Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterConfigInvalid, AdapterMissingTensor, AdapterShapeMismatch, shown
 from loramux_adapters.files import AdapterFolder
@@ -40,10 +40,10 @@ class LoraHub:
     """LORAHUB in the format that this module defines."""
 
     name = "lorahub"
-    abilities = Abilities(read="LORAHUB: weights over PEFT LoRAs (our format)")
+    abilities = Abilities((Layout("LoraHub", OURS, ("LORAHUB",)),))
 
     def detect(self, folder: AdapterFolder) -> bool:
-        return peft_config(folder).get("peft_type") == "LORAHUB"
+        return peft_config(folder).get("peft_type") in self.abilities.types
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> LoraHubCheckpoint:
         raw = folder.read_json(CONFIG_FILE)

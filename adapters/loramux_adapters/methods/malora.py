@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import OUR_READING, OURS, Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.fold import check_lowered_size
@@ -60,10 +60,14 @@ class Malora:
     """MALoRA in the format that this module defines."""
 
     name = "malora"
-    abilities = Abilities(read="peft_type MALORA (our format)", router="token")
+    abilities = Abilities(
+        (Layout("MALoRA", OURS, ("MALORA",), keys=r".+\.(lora_gating\.weight|lora_S\.weight|lora_P\.\d+\.weight)"),),
+        exact=OUR_READING,
+        router="token",
+    )
 
     def detect(self, folder: AdapterFolder) -> bool:
-        return peft_config(folder).get("peft_type") == "MALORA"
+        return peft_config(folder).get("peft_type") in self.abilities.types
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> MaloraCheckpoint:
         raw = folder.read_json(CONFIG_FILE)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterConfigInvalid, AdapterError, shown
 from loramux_adapters.files import AdapterFolder
@@ -51,10 +51,10 @@ class Melora:
     """The layout of MELoRA's authors."""
 
     name = "melora"
-    abilities = Abilities(read="peft_type MELORA as MELoRA's authors save it")
+    abilities = Abilities((Layout("MELoRA", "ChasonShi/MELoRA", ("MELORA",)),))
 
     def detect(self, folder: AdapterFolder) -> bool:
-        return peft_config(folder).get("peft_type") == "MELORA"
+        return peft_config(folder).get("peft_type") in self.abilities.types
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> MeloraCheckpoint:
         raw = folder.read_json(CONFIG_FILE)

@@ -11,8 +11,7 @@ Names, read in TUDB-Labs/MoE-PEFT at 40f8cb7 and later, with P = `mola` or `lora
 `P.layers.{i}.{self_attn|mlp}.{proj}.moe_gate.weight`, `….experts.{e}.lora_A.weight`, `….experts.{e}.lora_B.weight`, and
 `….lora_A.weight`, `….lora_B.weight` for a plain LoRA. `layers.{i}` is `model.layers.{i}` of the base.
 
-MIXLORA is recognised and refused: its experts are whole feed-forward blocks that share the base's weights, with the
-activation between their LoRAs. A gate at each linear layer is another function.
+Its MIXLORA is another kind, see `recognised.py`.
 """
 
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterUnsupportedFeature, shown
 from loramux_adapters.files import AdapterFolder
@@ -36,7 +35,6 @@ from loramux_adapters.peft.tensors import Pair, pair_factors
 from loramux_adapters.verify import verify
 from loramux_adapters.weights import WeightsFile, open_weights
 
-_TYPES = ("MOLA", "LORAMOE", "MIXLORA")
 _BASE = "model."  # what the base puts before `layers`
 # `name`, `task_name`: labels. The others concern initialisation and losses.
 _OWN_FIELDS = frozenset(
@@ -72,10 +70,16 @@ class MoePeft:
     """MoE-PEFT's MOLA and LORAMOE."""
 
     name = "moe_peft"
-    abilities = Abilities(read="MOLA and LORAMOE as MoE-PEFT saves them", serve="all but MIXLORA", router="token")
+    abilities = Abilities(
+        (
+            Layout("MoLA", "TUDB-Labs/MoE-PEFT", ("MOLA",), keys=r"mola\..+"),
+            Layout("LoRAMoE", "TUDB-Labs/MoE-PEFT", ("LORAMOE",), keys=r"loramoe\..+"),
+        ),
+        router="token",
+    )
 
     def detect(self, folder: AdapterFolder) -> bool:
-        return peft_config(folder).get("peft_type") in _TYPES
+        return peft_config(folder).get("peft_type") in self.abilities.types
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> MoePeftCheckpoint:
         raw = folder.read_json(CONFIG_FILE)
@@ -120,8 +124,6 @@ class MoePeft:
 
 
 def _check_kind(raw: Mapping[str, Any], kind: str) -> None:
-    if kind == "MIXLORA":
-        raise _mixlora("The adapter's peft_type MIXLORA belongs", "peft_type")
     if raw.get("routing_strategy", kind.lower()) != kind.lower():
         raise AdapterUnsupportedFeature(
             f"adapter_config.json: routing_strategy is {shown(raw['routing_strategy'])}, not {kind.lower()}.",
@@ -150,8 +152,6 @@ def _find(weights: WeightsFile, prefix: str, number: int) -> _Names:
         router=prefix + ".{module}.moe_gate.weight",
     )
     for name in weights.tensors:
-        if name.startswith("mixlora."):
-            raise _mixlora(f"Tensor {shown(name)} belongs", name)
         if name == "classifier":
             raise AdapterUnsupportedFeature(
                 "Tensor 'classifier' is a classification head, which cannot answer with tokens.",
@@ -163,12 +163,3 @@ def _find(weights: WeightsFile, prefix: str, number: int) -> _Names:
     plain = {_BASE + module.removeprefix(f"{prefix}."): pair for module, pair in pair_factors(unrouted).items()}
     mixtures = {_BASE + module: experts.resolve(found, mixture, module, number) for module, found in routed.items()}
     return _Names(mixtures, plain)
-
-
-def _mixlora(what: str, field: str) -> AdapterUnsupportedFeature:
-    return AdapterUnsupportedFeature(
-        f"{what} to MixLoRA, whose experts are whole feed-forward blocks.",
-        hint="That needs a branch inside the feed-forward block, which is not read yet; gating each of its linear "
-        "layers would be another function. Train the adapter as MOLA or LORAMOE.",
-        field=field,
-    )

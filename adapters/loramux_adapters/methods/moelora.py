@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterConfigInvalid, AdapterTooLarge, shown
 from loramux_adapters.files import AdapterFolder
@@ -40,7 +40,6 @@ from loramux_adapters.peft.tensors import PREFIX
 from loramux_adapters.verify import verify
 
 _SHARED = "MMOELORAS"
-_TYPES = (_SHARED, "MMOELORA")
 _GATE_PARTS = {
     "site_embedding": Part(PREFIX + "{module}.lora_task_embedding.weight", "TM"),
     "site_gate": Part(PREFIX + "{module}.lora_gate.GateL.weight", "EM"),
@@ -76,13 +75,21 @@ class MoeLora:
 
     name = "moelora"
     abilities = Abilities(
-        read="MMOELORAS and MMOELORA as MOELoRA's authors save them",
-        serve="one task: task_id in the config",
+        (
+            Layout(
+                "MOELoRA",
+                "liuqidong07/MOELoRA-peft",
+                (_SHARED, "MMOELORA"),
+                when="with `task_id` added",
+                keys=r".+\.lora_[AB]\.(default\.)?lora[AB]\..+|(.+\.)?lora_(task_embedding|gate\.(default\.)?GateL)\..+",
+            ),
+        ),
+        serve="one task of it, the `task_id` in its config",
         router="task",
     )
 
     def detect(self, folder: AdapterFolder) -> bool:
-        return peft_config(folder).get("peft_type") in _TYPES
+        return peft_config(folder).get("peft_type") in self.abilities.types
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> MoeLoraCheckpoint:
         raw = folder.read_json(CONFIG_FILE)

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import OURS, Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterShapeMismatch, shown
 from loramux_adapters.files import AdapterFolder
@@ -64,7 +64,19 @@ class Mola:
     """The layout of MoLA's authors."""
 
     name = "mola"
-    abilities = Abilities(read="LoRA experts as MoLA's authors save them; HILO", router="token")
+    abilities = Abilities(
+        (
+            Layout(
+                "MoLA",
+                "GCYZSL/MoLA",
+                ("LORA",),
+                when="with a list `r`, or `number_experts`; `top_k` must be added",
+                keys=r".+\.(router\.router|lora_[AB](\.default)?_\d+)\.weight",
+            ),
+            Layout("HILO", OURS, ("HILO",), when="(read as MoLA with lists over layers)"),
+        ),
+        router="token",
+    )
 
     def detect(self, folder: AdapterFolder) -> bool:
         raw = peft_config(folder)

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterConfigInvalid, AdapterUnsupportedFeature, shown
 from loramux_adapters.files import AdapterFolder
@@ -31,7 +31,6 @@ from loramux_adapters.peft.sites import Part, Sites, Tensors, read_sites
 from loramux_adapters.peft.tensors import PREFIX
 from loramux_adapters.verify import verify
 
-_TYPES = ("MOLE", "ADAMOLE")
 _MOLE = {
     "a": Part(PREFIX + "{module}.lora_A.{index}.weight", "RI"),
     "b": Part(PREFIX + "{module}.lora_B.{index}.weight", "OR"),
@@ -62,11 +61,16 @@ class Mole:
 
     name = "mole"
     abilities = Abilities(
-        read="MOLE and ADAMOLE as AdaMoLE's authors save them", serve="MOLE: top-k and threshold", router="token"
+        (
+            Layout("MoLE", "zefang-liu/AdaMoLE", ("MOLE",), keys=r".+\.(lora_gating|moe_layer)\..+"),
+            Layout("AdaMoLE", "zefang-liu/AdaMoLE", ("ADAMOLE",), keys=r".+\.lora_threshold\..+"),
+        ),
+        serve="MoLE; AdaMoLE's adaptive threshold is not run yet",
+        router="token",
     )
 
     def detect(self, folder: AdapterFolder) -> bool:
-        return peft_config(folder).get("peft_type") in _TYPES
+        return peft_config(folder).get("peft_type") in self.abilities.types
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> MoleCheckpoint:
         raw = folder.read_json(CONFIG_FILE)

@@ -15,7 +15,7 @@ over. It saves no config: write an adapter_config.json with `peft_type: "MULTILO
 
 from dataclasses import dataclass
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.fold import fold_outputs
@@ -47,10 +47,20 @@ class MultiLora:
     """The tensors of MTL-LoRA's MultiLoRA, in the folder that this module defines."""
 
     name = "multilora"
-    abilities = Abilities(read="peft_type MULTILORA: MultiLoRA's tensors as MTL-LoRA saves them")
+    abilities = Abilities(
+        (
+            Layout(
+                "MultiLoRA",
+                "pUmpKin-Co/MTL-LoRA",
+                ("MULTILORA",),
+                when="(our config beside its tensors)",
+                keys=r".+\.lora_scaling",
+            ),
+        )
+    )
 
     def detect(self, folder: AdapterFolder) -> bool:
-        return peft_config(folder).get("peft_type") == "MULTILORA"
+        return peft_config(folder).get("peft_type") in self.abilities.types
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> MultiLoraCheckpoint:
         raw = folder.read_json(CONFIG_FILE)

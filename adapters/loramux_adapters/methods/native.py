@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import OURS, Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterCorrupt, shown
 from loramux_adapters.files import AdapterFolder
@@ -17,10 +17,15 @@ class Native:
 
     name = "native"
     abilities = Abilities(
-        read="a loramux .safetensors file",
+        (
+            Layout(
+                "native", OURS, when="a `.safetensors` file with `loramux` metadata, alone or the only one of a folder"
+            ),
+        ),
         write=True,
-        serve="what the data plane runs (loramux adapters check)",
+        serve="what the data plane runs",
         router="any",
+        prefix_cache="whatever is served",
     )
 
     def detect(self, folder: AdapterFolder) -> bool:

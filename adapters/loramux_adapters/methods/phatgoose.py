@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch.nn.functional import layer_norm
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterConfigInvalid, AdapterUnsupportedFeature, shown
 from loramux_adapters.files import AdapterFolder
@@ -74,10 +74,23 @@ class Phatgoose:
     """PHATGOOSE's tensors with a config that this module defines."""
 
     name = "phatgoose"
-    abilities = Abilities(read="PHATGOOSE's tensors and our config", serve=False, router="token")
+    abilities = Abilities(
+        (
+            Layout(
+                "PHATGOOSE",
+                "r-three/phatgoose",
+                ("PHATGOOSE",),
+                when="(our config beside its tensors)",
+                keys=r".+\.(layer[12]|expert_embeddings)__\d+",
+            ),
+        ),
+        serve=False,
+        router="token",
+        why="its routers read the LayerNorm of their input, which the data plane does not run yet",
+    )
 
     def detect(self, folder: AdapterFolder) -> bool:
-        return peft_config(folder).get("peft_type") == "PHATGOOSE"
+        return peft_config(folder).get("peft_type") in self.abilities.types
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> PhatgooseCheckpoint:
         raw = {"topk_value": 2, "divide_by_d_bottleneck": True, "epsilon": 1e-6} | folder.read_json(CONFIG_FILE)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.description import Fields
 from loramux_adapters.errors import AdapterConfigInvalid, AdapterUnsupportedFeature, shown
@@ -84,7 +84,10 @@ class ResLora:
     """ResLoRA's own layout."""
 
     name = "reslora"
-    abilities = Abilities(read="reslora_config.json of ResLoRA's authors", serve="block shortcuts: res_flag 0 and 2")
+    abilities = Abilities(
+        (Layout("ResLoRA", "microsoft/LMOps", files=(RESLORA_CONFIG,), keys=r".+\.loras\.\d+\.lora_[AB]"),),
+        serve="block shortcuts, `res_flag` 2, or none; the carry of the others is not run yet",
+    )
 
     def detect(self, folder: AdapterFolder) -> bool:
         return folder.only is None and folder.has(RESLORA_CONFIG) and not folder.has(CONFIG_FILE)

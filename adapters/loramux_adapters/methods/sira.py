@@ -21,7 +21,7 @@ training only.
 
 from dataclasses import dataclass
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import OUR_READING, OURS, Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.gate import Capacity, Gate, Norm, Select
@@ -56,10 +56,15 @@ class Sira:
     """SiRA in the format that this module defines."""
 
     name = "sira"
-    abilities = Abilities(read="peft_type SIRA (our format)", serve="without capacity", router="token")
+    abilities = Abilities(
+        (Layout("SiRA", OURS, ("SIRA",), keys=r".+\.lora_gating\..+"),),
+        serve="without `capacity`, which is not run yet",
+        exact=OUR_READING,
+        router="token",
+    )
 
     def detect(self, folder: AdapterFolder) -> bool:
-        return peft_config(folder).get("peft_type") == "SIRA"
+        return peft_config(folder).get("peft_type") in self.abilities.types
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> SiraCheckpoint:
         raw = folder.read_json(CONFIG_FILE)

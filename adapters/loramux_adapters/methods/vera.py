@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from loramux_adapters.abilities import Abilities
+from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterConfigInvalid, AdapterUnknownTensor, shown
 from loramux_adapters.files import AdapterFolder
@@ -70,10 +70,10 @@ class Vera:
     """PEFT's VERA."""
 
     name = "vera"
-    abilities = Abilities(read="a PEFT folder with peft_type VERA")
+    abilities = Abilities((Layout("VeRA", "PEFT", ("VERA",), keys=r".+\.vera_(A|B|lambda_[bd])(\..+)?"),))
 
     def detect(self, folder: AdapterFolder) -> bool:
-        return peft_config(folder).get("peft_type") == "VERA"
+        return peft_config(folder).get("peft_type") in self.abilities.types
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> VeraCheckpoint:
         raw = folder.read_json(CONFIG_FILE)

@@ -13,26 +13,29 @@ from loramux.cli.base import load_base
 from loramux.cli.terminal import table
 from loramux.console import say
 from loramux.errors import LoramuxError
-from loramux_adapters import AdapterError, LoweredAdapter, lower
-from loramux_adapters.abilities import Abilities
+from loramux_adapters import AdapterError, LoweredAdapter, lower, matrix
+from loramux_adapters.abilities import Layout
+from loramux_adapters.detect import find_layout, find_method
 from loramux_adapters.files import AdapterFolder
-from loramux_adapters.methods import METHODS, find_method
+from loramux_adapters.methods import METHODS
 from loramux_adapters.methods.native import Native, read_file
 from loramux_adapters.verify import check_values
 
 
 def inspect(options: argparse.Namespace) -> int:
     """Exit status: 0 for an adapter that was read and, with `check`, can be served; 1 otherwise."""
+    layout: Layout | None = None
     try:
+        layout = find_layout(AdapterFolder(Path(options.path)))
         adapter, made_for, checked_on = _load(Path(options.path), options.base, needs_base=options.command == "check")
     except AdapterError as error:
-        refused = adapter_report.refusal(error)
-        say(*([json.dumps(refused, indent=2)] if options.json else adapter_report.refusal_lines(error)))
+        refused = adapter_report.refusal(error, layout)
+        say(*([json.dumps(refused, indent=2)] if options.json else adapter_report.refusal_lines(error, layout)))
         return 1
     except LoramuxError as error:
         sys.stderr.write(f"loramux adapters: {error}\n")
         return 1
-    found = adapter_report.report(adapter, made_for=made_for, checked_on=checked_on)
+    found = adapter_report.report(adapter, layout, made_for=made_for, checked_on=checked_on)
     say(*([json.dumps(found, indent=2)] if options.json else adapter_report.lines(found)))
     return 0 if found["servable"] or options.command == "show" else 1
 
@@ -40,10 +43,14 @@ def inspect(options: argparse.Namespace) -> int:
 def methods(options: argparse.Namespace) -> int:
     """List the kinds of adapters."""
     if options.json:
-        say(json.dumps([{"name": method.name, **vars(method.abilities)} for method in METHODS], indent=2))
+        say(json.dumps(matrix.data(), indent=2))
         return 0
-    heads = ("method", "read", "write", "serve", "exact", "router")
-    say(*table([heads, *(_row(method.name, method.abilities) for method in METHODS)]))
+    rows = [matrix.cells(method.name, method.abilities) for method in METHODS]
+    say(*table([matrix.HEADS, *([cell.partition(":")[0] for cell in row] for row in rows)]))
+    for method, row in zip(METHODS, rows, strict=True):
+        layouts = [f"{layout}: {layout.sign}" for layout in method.abilities.layouts]
+        words = [f"{head}: {cell}" for head, cell in zip(matrix.HEADS, row, strict=True) if ": " in cell]
+        say("", method.name, *(f"    {line.replace('`', '')}" for line in (*layouts, *words)))
     return 0
 
 
@@ -62,10 +69,3 @@ def _load(path: Path, base: str | None, *, needs_base: bool) -> tuple[LoweredAda
 def _on_base(path: Path, base: str | None) -> tuple[LoweredAdapter, str | None, str | None]:
     model = load_base(base or DEFAULT_BASE)
     return lower(path, model), None, model.name
-
-
-def _row(name: str, can: Abilities) -> tuple[str, ...]:
-    def word(value: bool | str) -> str:
-        return value if isinstance(value, str) else "yes" if value else "no"
-
-    return (name, can.read, word(can.write), word(can.serve), word(can.exact), can.router)

@@ -10,14 +10,16 @@ from typing import Any
 
 from loramux.units import format_bytes
 from loramux_adapters import AdapterError, LoweredAdapter, unserved
+from loramux_adapters.abilities import Layout
 from loramux_adapters.native import describe, digest_of
 
 
-def report(adapter: LoweredAdapter, *, made_for: str | None, checked_on: str | None) -> dict[str, Any]:
+def report(adapter: LoweredAdapter, layout: Layout, *, made_for: str | None, checked_on: str | None) -> dict[str, Any]:
     """Everything `--json` prints. `made_for`: the base that a native file names; `checked_on`: the one at hand."""
     obstacles = unserved(adapter)
     return {
         "method": adapter.method,
+        "layout": str(layout),
         "digest": digest_of(adapter),
         "base": {"made_for": made_for, "checked_on": checked_on},
         "sites": len(adapter.sites),
@@ -37,8 +39,10 @@ def report(adapter: LoweredAdapter, *, made_for: str | None, checked_on: str | N
     }
 
 
-def refusal(error: AdapterError) -> dict[str, Any]:
-    return {"error": {"code": error.code, "field": error.field, "message": error.message, "hint": error.hint}}
+def refusal(error: AdapterError, layout: Layout | None) -> dict[str, Any]:
+    """`layout`: what was recognised before it was refused, if anything was."""
+    told = {"code": error.code, "field": error.field, "message": error.message, "hint": error.hint}
+    return {"layout": None if layout is None else str(layout), "error": told}
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
@@ -46,6 +50,7 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     base = found["base"]
     rows = [
         ("method", found["method"]),
+        ("layout", found["layout"]),
         ("base", f"fits {base['checked_on']}" if base["checked_on"] else f"{base['made_for']} (not checked)"),
         ("sites", str(found["sites"])),
         ("experts", _span(found["experts_by_gate"].values()) if found["gates"] else "1"),
@@ -71,7 +76,9 @@ def _outputs(magnitudes: int, biases: int) -> Iterator[tuple[str, str]]:
         yield "outputs", f"scaled at {magnitudes} sites, shifted at {biases}"
 
 
-def refusal_lines(error: AdapterError) -> Iterator[str]:
+def refusal_lines(error: AdapterError, layout: Layout | None) -> Iterator[str]:
+    if layout is not None:
+        yield f"layout    {layout}"
     yield f"refused   {error.code}" + (f" ({error.field})" if error.field else "")
     yield f"          {error.message}"
     yield f"          {error.hint}"

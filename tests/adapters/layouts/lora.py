@@ -1,4 +1,7 @@
-"""PEFT's LoRA: `<module>.lora_A.weight`, `.lora_B.weight` and, with `lora_bias`, `.lora_B.bias` (peft 0.21)."""
+"""PEFT's LoRA: `<module>.lora_A.weight` and `.lora_B.weight`, as `LoraModel` of peft 0.21 saves them.
+
+With `lora_bias` there is `.lora_B.bias`, and with `use_dora` `.lora_magnitude_vector`, which are lengths.
+"""
 
 import torch
 
@@ -20,4 +23,7 @@ def make_tensors(config=None, base=BASE, dtype=torch.float32, seed=0):
         shapes |= {f"{place}.lora_A.weight": (rank, d_in), f"{place}.lora_B.weight": (d_out, rank)}
         if config.get("lora_bias"):
             shapes[f"{place}.lora_B.bias"] = (d_out,)
-    return draw(shapes, dtype, seed)
+        if config.get("use_dora"):
+            shapes[f"{place}.lora_magnitude_vector"] = (d_out,)
+    tensors = draw(shapes, dtype, seed)
+    return {name: 1 + t.abs() if name.endswith("_vector") else t for name, t in tensors.items()}

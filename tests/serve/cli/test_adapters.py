@@ -64,6 +64,7 @@ def test_check_for_a_person(base: Path, path: Path, capsys: pytest.CaptureFixtur
     assert status == 0
     assert rows == {
         "method": "mola",
+        "layout": "native (loramux)",
         "base": "fits tiny-llama",
         "sites": "3",
         "experts": "2",
@@ -147,12 +148,37 @@ def test_a_base_that_is_not_there(path: Path, tmp_path: Path, capsys: pytest.Cap
     assert "config.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("config", "layout"),
+    [
+        ({"peft_type": "LORA", "r": "eight"}, "LoRA, rsLoRA (PEFT)"),
+        ({"peft_type": "XLORA"}, "X-LoRA (PEFT)"),
+        ({"peft_type": "ADAMOLE"}, "AdaMoLE (zefang-liu/AdaMoLE)"),
+        ({"peft_type": "LOHA"}, None),
+    ],
+)
+def test_what_is_refused_is_named_too(config: Any, layout: str | None, base: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    status, out = run(capsys, "check", tmp_path / "adapter", "--base", base, "--json")
+    assert status == 1 and json.loads(out)["layout"] == layout
+    status, out = run(capsys, "check", tmp_path / "adapter", "--base", base)
+    assert out.startswith("refused" if layout is None else f"layout    {layout}\nrefused")
+
+
 def test_every_method_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A table, and under it the layouts of each and what does not fit into it."""
     status, out = run(capsys, "methods")
+    table, *details = out.strip().split("\n\n")
     assert status == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["method", *(method.name for method in METHODS)]
+    assert [line.split()[0] for line in table.splitlines()] == ["method", *(method.name for method in METHODS)]
+    assert [text.splitlines()[0] for text in details] == [method.name for method in METHODS]
+    for method, text in zip(METHODS, details, strict=True):
+        assert all(str(layout) in text for layout in method.abilities.layouts) and method.abilities.why in text
     listed = json.loads(run(capsys, "methods", "--json")[1])
-    assert [set(row) for row in listed] == [{"name", "read", "write", "serve", "exact", "router"}] * len(METHODS)
+    assert [row["name"] for row in listed] == [method.name for method in METHODS]
+    assert [row["serve"] for row in listed] == [method.abilities.serve for method in METHODS]
+    assert {layout["origin"] for row in listed for layout in row["layouts"]} > {"PEFT", "loramux"}
 
 
 def test_it_runs_without_vllm_and_a_gpu(base: Path, path: Path) -> None:
