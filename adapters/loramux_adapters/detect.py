@@ -1,6 +1,7 @@
 """Which method and which layout a folder holds: from its files and config, and what its tensors' names say to that."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from loramux_adapters.abilities import Layout
@@ -17,6 +18,9 @@ from loramux_adapters.methods.lora import CONFIG_FILE, WEIGHTS_FILE, peft_config
 from loramux_adapters.methods.native import Native
 from loramux_adapters.native import METADATA_KEY
 from loramux_adapters.weights import open_weights
+
+# Names that are looked at to tell whose they are: enough for any layout, and bounded for a hostile header.
+_LOOKED_AT = 4096
 
 
 def find_method(folder: AdapterFolder) -> Method[Any]:
@@ -61,12 +65,12 @@ def find_layout(folder: AdapterFolder) -> Layout:
 
 def name_owners(error: AdapterError, folder: AdapterFolder, method: Method[Any]) -> AdapterError:
     """The same refusal; where it is about a tensor and tensors are named as in other methods' layouts, it says so."""
-    names, own = _tensor_names(folder), method.abilities.layouts
-    owners = _owners(name for name in names if not any(layout.has_tensor(name) for layout in own))
+    names = _tensor_names(folder)
+    owners = _owners(names, but=method.abilities.layouts)
     if not owners or not (error.field in names or isinstance(error, AdapterMissingTensor)):
         return error
     return type(error)(
-        f"{error.message} There are tensors named as in {_either(owners)}, but {CONFIG_FILE} is that of {own[0]}.",
+        f"{error.message} There are tensors named as in {_either(owners)}; the config says {find_layout(folder)}.",
         hint=f"Correct the config if it is one of these: {_signs(owners)}. Otherwise: {error.hint}",
         field=error.field,
     )
@@ -81,11 +85,11 @@ def _tensor_names(folder: AdapterFolder) -> Collection[str]:
         return ()
 
 
-def _owners(names: Iterable[str]) -> list[Layout]:
-    """The layouts that some of these tensors' names give away, in the order of METHODS."""
-    names = list(names)
+def _owners(names: Collection[str], but: Sequence[Layout] = ()) -> list[Layout]:
+    """The layouts that some of these tensors' names give away, less the names that `but` has too."""
+    some = [name for name in islice(names, _LOOKED_AT) if not any(layout.has_tensor(name) for layout in but)]
     layouts = (layout for method in METHODS for layout in method.abilities.layouts)
-    return [layout for layout in layouts if any(map(layout.has_tensor, names))]
+    return [layout for layout in layouts if any(map(layout.has_tensor, some))]
 
 
 def _either(layouts: Iterable[Layout]) -> str:

@@ -49,6 +49,17 @@ def generate(model: Any, prompt: list[int]) -> Answer:
     return ids, [float(torch.log_softmax(step[0], -1)[i]) for i, step in zip(ids, output.logits, strict=True)]
 
 
+def greedy_after(model: Any, prompt: list[int], tokens: list[int]) -> Answer:
+    """What greedy decoding chooses after the prompt and after each of `tokens`: all of these, if it answers the same.
+
+    One pass of the model, not one for each token.
+    """
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
+    best = torch.log_softmax(logits, -1).max(-1)
+    return best.indices.tolist(), best.values.tolist()
+
+
 def difference(ours: Answer, theirs: Answer) -> float:
     """max |Δ logprob| over the tokens of two answers."""
     return max(abs(a - b) for a, b in zip(ours[1], theirs[1], strict=True))

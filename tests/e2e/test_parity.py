@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from . import peft_adapters
 from .hugging_face import TOLERANCE, Answer, assert_equal, difference, encode, generate, load
 
 pytestmark = pytest.mark.engine
@@ -60,16 +61,6 @@ FEATURES: dict[str, dict[str, Any]] = {
     "fan_in_fan_out": {"r": 8, "lora_alpha": 16, "target_modules": ["o_proj"], "fan_in_fan_out": True},
     "float16": {"r": 7, "lora_alpha": 14, "target_modules": ATTENTION, "dtype": torch.float16},
     "bfloat16": {"r": 64, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"], "dtype": torch.bfloat16},
-    "adalora": {
-        "peft": "AdaLoraConfig",
-        "init_r": 10,
-        "target_r": 6,
-        "total_step": 100,
-        "lora_alpha": 20,
-        "target_modules": ["q_proj", "up_proj"],
-    },
-    "vera": {"peft": "VeraConfig", "r": 48, "target_modules": ["q_proj", "v_proj"]},
-    "dora": {"r": 6, "lora_alpha": 12, "target_modules": "all-linear", "use_dora": True},
     "dora_some": {
         "r": 16,
         "lora_alpha": 16,
@@ -78,11 +69,8 @@ FEATURES: dict[str, dict[str, Any]] = {
         "use_dora": True,
         "dtype": torch.bfloat16,
     },
-    "lora_bias": {"r": 8, "lora_alpha": 16, "target_modules": [*ATTENTION, "up_proj"], "lora_bias": True},
+    **{name: options for name, (options, _) in peft_adapters.OTHERS.items()},
 }
-TRAINED = ("lora_", "vera_lambda")
-STD = {"adalora": 0.3, "vera": 1.0}  # of three factors, or of one
-ZERO_AT_FIRST = ("lora_B", "lora_E", "vera_lambda_b")
 
 
 @pytest.fixture(scope="module")
@@ -98,30 +86,14 @@ def prompts(base_path: Path) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, reference: Any, prompts: Any) -> dict[str, tuple[Path, Answer]]:
     """For each feature: the folder PEFT saved, and what PEFT answers to the feature's prompt."""
-    import peft
     import peft.helpers
 
     folder = tmp_path_factory.mktemp("peft")
     made = {}
     for i, (name, options) in enumerate(FEATURES.items()):
-        options = dict(options)
-        dtype = options.pop("dtype", torch.float32)
-        std = 0.1 if "layers" in str(options.get("target_modules")) or "layers_to_transform" in options else 0.02
-        torch.manual_seed(i)
-        config = getattr(peft, options.pop("peft", "LoraConfig"))
-        model = peft.get_peft_model(reference, config(task_type="CAUSAL_LM", **options))
-        for parameter_name, parameter in model.named_parameters():
-            if any(part in parameter_name for part in ZERO_AT_FIRST):
-                torch.nn.init.normal_(parameter, std=STD.get(name, std))
-            if "magnitude" in parameter_name:
-                parameter.data *= 1 + 0.05 * torch.randn(parameter.shape)  # from the length of the base's rows
-            if any(part in parameter_name for part in TRAINED):
-                parameter.data = parameter.data.to(dtype).to(torch.float32)  # what the file will hold
-        if dtype is torch.float32:
-            model.save_pretrained(folder / name)
-        else:
-            weights = {k: v.to(dtype) for k, v in model.state_dict().items() if "lora_" in k}
-            model.save_pretrained(folder / name, state_dict=weights)
+        few = "layers" in str(options.get("target_modules")) or "layers_to_transform" in options
+        std = peft_adapters.OTHERS[name][1] if name in peft_adapters.OTHERS else 0.1 if few else 0.02
+        model = peft_adapters.make(reference, folder / name, options, std=std, seed=i)
         with peft.helpers.DoraCaching():  # or PEFT computes all lengths of all rows anew for every token
             made[name] = (folder / name, generate(model.eval(), prompts[i % len(prompts)]))
         reference = model.unload()

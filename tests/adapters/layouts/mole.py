@@ -65,9 +65,8 @@ def delta(config, tensors, module, x):
         p = torch.softmax(router @ token, 0).tolist()
         if config["peft_type"] == "ADAMOLE":
             most = config.get("max_threshold") or 1 / number
-            tau = (tensors[f"{place}.lora_threshold.{part}"].double() for part in ("weight", "bias"))
-            weight, bias = tau
-            logit = weight[0] @ token + bias[0]
+            (w,), (b,) = (tensors[f"{place}.lora_threshold.{part}"].double() for part in ("weight", "bias"))
+            logit = w @ token + b
             weights = [max(value - most / (1 + float(torch.exp(-logit))), 0) for value in p]
         elif config.get("top_k"):
             best = sorted(range(number), key=lambda e, p=p: -p[e])[: config["top_k"]]

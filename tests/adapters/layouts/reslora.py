@@ -2,6 +2,8 @@
 fields are those of `ResLoraConfig` in `config.py`.
 """
 
+import re
+
 import torch
 
 from ..checkpoints import BASE
@@ -41,3 +43,17 @@ def make_tensors(config=None, base=BASE, dtype=torch.float32, seed=0):
         for i in range(config["start_index"] + 1) if module.endswith(targets_of(config)) else ():
             shapes |= {f"{module}.loras.{i}.lora_A": (rank, d_in), f"{module}.loras.{i}.lora_B": (d_out, rank)}
     return draw(shapes, dtype, seed)
+
+
+def delta(config, tensors, module, x):
+    """With block shortcuts, where all layers of a kind are linked: the sum over this layer's LoRAs and those of the
+    `pre_num` layers before it, all on the input of this one.
+    """
+    layer, most = int(re.search(r"layers\.(\d+)\.", module)[1]), config["pre_num"]
+    total = 0
+    for n in range(layer, -1 if most == -1 else max(-1, layer - most - 1), -1):
+        place = module.replace(f"layers.{layer}.", f"layers.{n}.")
+        for i in range(config["start_index"] + 1):
+            a, b = (tensors[f"{place}.loras.{i}.lora_{factor}"].double() for factor in "AB")
+            total = total + config["lora_alpha"] / config["rank"] * (x.double() @ a.T @ b.T)
+    return total

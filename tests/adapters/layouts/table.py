@@ -16,6 +16,7 @@ from . import (
     adalora,
     chain,
     dora_dynamic,
+    folders,
     hydralora,
     lora,
     malora,
@@ -150,12 +151,12 @@ SAMPLES = (
     _sample("chain", "RAC-LoRA (loramux)", chain, config={"peft_type": "RACLORA"}, rslora=True),
     _sample("chain", "COLA (loramux)", chain, config={"peft_type": "COLA"}, rslora=True),
     Sample(
-        "chain", "chain of LoRAs (loramux)", {"peft_type": "CHAIN", "adapters": ["a", "b"]}, rank=None, alpha=None,
-        parts=("a", "b"), foreign={"lora_alpha": 8, "weights": ["1", 1]},
+        "chain", "chain of LoRAs (loramux)", folders.make_config(peft_type="CHAIN"), rank=None, alpha=None,
+        parts=("first", "second"), foreign={"lora_alpha": 8, "weights": ["1", 1]},
     ),
     Sample(
-        "lorahub", "LoraHub (loramux)", {"peft_type": "LORAHUB", "adapters": ["a", "b"], "weights": [0.5, -1]},
-        rank=None, alpha=None, parts=("a", "b"), foreign={"lora_alpha": 8, "weights": [1]},
+        "lorahub", "LoraHub (loramux)", folders.make_config(), rank=None, alpha=None, parts=("first", "second"),
+        foreign={"lora_alpha": 8, "weights": [1]},
     ),
     _sample(
         "reslora", "ResLoRA (microsoft/LMOps)", reslora, file=reslora.CONFIG_FILE, rank="rank", foreign={"top_k": 2},
