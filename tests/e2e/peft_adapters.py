@@ -62,4 +62,4 @@ def make(model: Any, folder: Path, options: Mapping[str, Any], *, std: float, se
     else:
         weights = {k: v.to(dtype) for k, v in adapted.state_dict().items() if "lora_" in k}
         adapted.save_pretrained(folder, state_dict=weights)
-    return adapted
+    return adapted.eval()

@@ -95,7 +95,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, reference: Any, prompts: 
         std = peft_adapters.OTHERS[name][1] if name in peft_adapters.OTHERS else 0.1 if few else 0.02
         model = peft_adapters.make(reference, folder / name, options, std=std, seed=i)
         with peft.helpers.DoraCaching():  # or PEFT computes all lengths of all rows anew for every token
-            made[name] = (folder / name, generate(model.eval(), prompts[i % len(prompts)]))
+            made[name] = (folder / name, generate(model, prompts[i % len(prompts)]))
         reference = model.unload()
     return made
 

@@ -1,9 +1,12 @@
-"""DoRA, weight-decomposed, as PEFT saves it (arXiv 2402.09353).
+"""DoRA, weight-decomposed, as PEFT and its authors save it (arXiv 2402.09353).
 
     y_t = m ⊘ ‖W0 + s·B·A‖ ⊙ (W0 x_t + s·B·A·x_t) + b0        s = α/r, or α/√r with `use_rslora`
 
 A [r, d_in], B [d_out, r], m [d_out]; ‖·‖ is the length of each row of [d_out, d_in], one per output; b0 is the base's
-own bias, which is not multiplied. Names: LoRA's, and `lora_magnitude_vector` (`.weight` in a raw state dict).
+own bias, which is not multiplied. Names: LoRA's, and `lora_magnitude_vector` (`.weight` in a raw state dict). In the
+authors' code (NVlabs/DoRA, `peft/src/peft/tuners/dora.py` read at bd3ed6f) it is `weight_m_wdecomp.weight` [d_out, 1],
+and peft_type is DORA; `dora_simple` and `merge_weights` of its config do not change the equation. The modules of its
+`Wdecompose_target_modules` have a magnitude and no LoRA: refused, as the form has no site without ranks.
 
 Lowered: magnitude = m ⊘ ‖W0 + s·B·A‖ in float32, b = (magnitude ⊙ B)ᵀ in float32 because m multiplies the LoRA too,
 a = A, scale = s. The lengths depend on the base, whose W0 is read for the modules of the adapter, some rows at a time,
@@ -17,16 +20,23 @@ quantised base counts as the numbers that its file stands for (`base_weights.py`
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
-from loramux_adapters.errors import AdapterConfigInvalid, AdapterError, AdapterNotFinite, shown
+from loramux_adapters.errors import (
+    AdapterConfigInvalid,
+    AdapterError,
+    AdapterNotFinite,
+    AdapterUnsupportedFeature,
+    shown,
+)
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.fold import fold_outputs
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
-from loramux_adapters.methods.lora import CONFIG_FILE, Variant, variant
+from loramux_adapters.methods.lora import CONFIG_FILE, Variant, peft_config, variant
 from loramux_adapters.peft import checks, experts
 from loramux_adapters.peft.config import LoraConfig
 from loramux_adapters.peft.sites import Part, Sites, plain_name, read_sites
@@ -34,55 +44,70 @@ from loramux_adapters.peft.targets import Targets
 from loramux_adapters.peft.tensors import PREFIX
 from loramux_adapters.verify import verify
 
-_MAGNITUDE = PREFIX + "{module}.lora_magnitude_vector"
-_LAYOUT = {
+_FACTORS = {
     "a": Part(PREFIX + "{module}.lora_A.weight", "RI"),
     "b": Part(PREFIX + "{module}.lora_B.weight", "OR"),
-    "m": Part(_MAGNITUDE, "O"),
 }
+_MAGNITUDE = Part(PREFIX + "{module}.lora_magnitude_vector", "O")
+_AUTHORS = "DORA"  # peft_type
+_AUTHORS_MAGNITUDE = Part(PREFIX + "{module}.weight_m_wdecomp.weight", "O1")
+_AUTHORS_FIELDS = frozenset({"dora_simple", "merge_weights"})
 _VANISHED = 1e-12
 """Of ‖W0‖² + ‖s·B·A‖²: what is left of a row that the adapter cancels is rounding, and PEFT would divide by it."""
 
 
 @dataclass(frozen=True)
 class DoraCheckpoint:
+    """`magnitude`: the template of its name."""
+
     config: LoraConfig
     sites: Sites
     alphas: Mapping[str, float]
+    magnitude: str
 
 
 class Dora:
-    """PEFT's LORA with `use_dora`."""
+    """PEFT's LORA with `use_dora`, and the authors' DORA."""
 
     name = "dora"
     abilities = Abilities(
-        (Layout("DoRA", "PEFT", ("LORA",), when="with `use_dora`", keys=r".+\.lora_magnitude_vector(\..+)?"),),
+        (
+            Layout("DoRA", "PEFT", ("LORA",), when="with `use_dora`", keys=r".+\.lora_magnitude_vector(\..+)?"),
+            Layout("DoRA", "NVlabs/DoRA", (_AUTHORS,), keys=r".+\.weight_m_wdecomp(\..+)?"),
+        ),
         quantised_base="as the numbers in its files; not with `--quantization`, which makes others of them",
     )
 
     def detect(self, folder: AdapterFolder) -> bool:
-        return variant(folder) is Variant.DORA
+        return variant(folder) is Variant.DORA or peft_config(folder).get("peft_type") == _AUTHORS
 
     def read(self, folder: AdapterFolder, base: BaseModel) -> DoraCheckpoint:
         raw = folder.read_json(CONFIG_FILE)
-        experts.check_flag(raw, "use_dora")
-        # PEFT refuses the two together.
-        config = experts.parse_shared_fields(raw, {"use_dora"}, raw.get("r", 0), absent=("lora_bias",))
+        if raw["peft_type"] == _AUTHORS:
+            magnitude = _AUTHORS_MAGNITUDE
+            _refuse_magnitudes_alone(raw)
+            absent = (*experts.LATER_FIELDS, "lora_bias", "use_dora")
+            config = experts.parse_shared_fields(raw, _AUTHORS_FIELDS, raw.get("r", 0), absent)
+        else:
+            magnitude = _MAGNITUDE
+            experts.check_flag(raw, "use_dora")
+            # PEFT refuses the two together.
+            config = experts.parse_shared_fields(raw, {"use_dora"}, raw.get("r", 0), absent=("lora_bias",))
         targets = Targets(config)
         ranks, alphas = targets.resolve(base.linears)
         sites = read_sites(
             folder,
             base,
             config,
-            _LAYOUT,
+            _FACTORS | {"m": magnitude},
             lambda module, _: {"R": ranks[module]},
             count=1,
             targets=targets,
             normalise=lambda name: plain_name(name).replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
         )
         for module, part in sites.modules.items():
-            _check_magnitude(_MAGNITUDE.format(module=module), part["m"][0])
-        return DoraCheckpoint(config, sites, alphas)
+            _check_magnitude(magnitude.template.format(module=module), part["m"][0])
+        return DoraCheckpoint(config, sites, alphas, magnitude.template)
 
     def lower(self, checkpoint: DoraCheckpoint, base: BaseModel) -> LoweredAdapter:
         sites = {}
@@ -91,7 +116,8 @@ class Dora:
             alpha = checkpoint.alphas[module]
             factor = checkpoint.config.scale(len(a), alpha)
             scale = checks.rank_scale(module, len(a), alpha, factor)
-            magnitude = m.double() / _row_norms(module, base.row_blocks(module), a, b, factor)
+            name = checkpoint.magnitude.format(module=module)
+            magnitude = m.double().flatten() / _row_norms(module, base.row_blocks(module), a, b, factor, name)
             folded = fold_outputs(b, magnitude).T.contiguous()
             sites[module] = LoweredSite(a, folded, scale, magnitude=magnitude.float())
         return LoweredAdapter(self.name, sites, checkpoint.sites.warnings)
@@ -101,9 +127,9 @@ class Dora:
 
 
 def _row_norms(
-    module: str, blocks: Iterable[torch.Tensor], a: torch.Tensor, b: torch.Tensor, factor: float
+    module: str, blocks: Iterable[torch.Tensor], a: torch.Tensor, b: torch.Tensor, factor: float, magnitude: str
 ) -> torch.Tensor:
-    """‖(W0 + factor·B·A)_j‖ for every row j, [d_out] float64, from W0 in `blocks` of rows."""
+    """‖(W0 + factor·B·A)_j‖ for every row j, [d_out] float64, from W0 in `blocks` of rows; `magnitude` is blamed."""
     a, b = a.double(), b.double() * factor
     gram = a @ a.T
     squares, sizes, done = [], [], 0
@@ -119,9 +145,18 @@ def _row_norms(
             f"At {shown(module)} the adapter cancels a row of the base's weight, or the row is zero: DoRA divides by "
             "its length.",
             hint="Use an earlier checkpoint, or make it without this module.",
-            field=_MAGNITUDE.format(module=module),
+            field=magnitude,
         )
     return square.sqrt()
+
+
+def _refuse_magnitudes_alone(raw: Mapping[str, Any]) -> None:
+    if raw.get("Wdecompose_target_modules"):
+        raise AdapterUnsupportedFeature(
+            "adapter_config.json: Wdecompose_target_modules names modules with a magnitude and no LoRA.",
+            hint="Merge the adapter into its base model and serve the result.",
+            field="Wdecompose_target_modules",
+        )
 
 
 def _check_magnitude(name: str, magnitude: torch.Tensor) -> None:

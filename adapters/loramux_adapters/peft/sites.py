@@ -23,7 +23,7 @@ from loramux_adapters.peft.tensors import Pair, refuse_tensor
 from loramux_adapters.weights import WeightsFile, open_weights
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_ADAPTER_NAME = re.compile(r"\.(lora_\w+|moe_layer|vera_\w+)\.default(?=\.|$)")
+_ADAPTER_NAME = re.compile(r"\.(lora_\w+|moe_layer|vera_\w+|weight_m_wdecomp)\.default(?=\.|$)")
 
 
 @dataclass(frozen=True)

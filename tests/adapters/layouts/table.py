@@ -15,6 +15,7 @@ from ..checkpoints import BASE, write_adapter
 from . import (
     adalora,
     chain,
+    dora,
     dora_dynamic,
     folders,
     hydralora,
@@ -96,6 +97,7 @@ _TWICE = tuple(f".lora{factor}.{e}.weight" for factor in "AB" for e in range(moe
 SAMPLES = (
     _sample("lora", "LoRA, rsLoRA (PEFT)", lora, rslora=True, foreign={"alpha_pattern": {"q_proj": "8"}}),
     _sample("lora_bias", "LoRA with biases (PEFT)", lora, config={"lora_bias": True}, rslora=True),
+    _sample("dora", "DoRA (NVlabs/DoRA)", dora, foreign={"Wdecompose_target_modules": ["o_proj"], "use_dora": True}),
     _sample("dora", "DoRA (PEFT)", lora, config={"use_dora": True}, rslora=True, foreign={"lora_bias": True}),
     _sample("adalora", "AdaLoRA (PEFT)", adalora, rank="init_r", foreign={"alpha_pattern": {"q_proj": 8}}),
     _sample("vera", "VeRA (PEFT)", vera, alpha=None, foreign={"lora_alpha": 8}),

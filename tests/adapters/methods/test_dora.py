@@ -21,6 +21,7 @@ from loramux_adapters.native import digest_of, write_native
 
 from .. import checkpoints
 from ..checkpoints import RANK, write_adapter
+from ..layouts import dora as layout
 from .refusals import drop, put
 
 CASES = {
@@ -119,6 +120,23 @@ def test_the_name_in_a_raw_state_dict(tmp_path, base, spell):
         lower(write_adapter(tmp_path / str(i), make_config(), t), base) for i, t in enumerate((plain, tensors))
     )
     assert all(torch.equal(site.magnitude, other.sites[module].magnitude) for module, site in one.sites.items())
+
+
+@pytest.mark.parametrize("spell", ["{}.weight_m_wdecomp.weight", "{}.weight_m_wdecomp.default.weight"])
+@pytest.mark.parametrize("simple", [True, False])
+def test_the_authors_file_with_the_same_numbers_is_the_same_adapter(tmp_path, base, spell, simple):
+    """`dora_simple` only keeps the length out of the gradient."""
+    config = layout.make_config(dora_simple=simple)
+    tensors = layout.make_tensors(config)
+    peft = {name.replace("weight_m_wdecomp.weight", "lora_magnitude_vector"): t for name, t in tensors.items()}
+    peft = {name: t.flatten() if name.endswith("vector") else t for name, t in peft.items()}
+    theirs = {name.replace(".weight_m_wdecomp.weight", spell.format("")): t for name, t in tensors.items()}
+    same = make_config(r=layout.RANK, lora_alpha=layout.ALPHA)
+    digests = {
+        digest_of(lower(write_adapter(tmp_path / name, part, content), base))
+        for name, part, content in (("peft", same, peft), ("theirs", config, theirs))
+    }
+    assert len(digests) == 1
 
 
 def test_it_survives_the_artefact_and_the_native_format(tmp_path, base):
