@@ -128,7 +128,9 @@ def _stacked(site: LoweredSite, blocks: dict[int, Rows], *, kept: bool) -> Lower
     if kept and sum(rows.rank for rows in blocks.values()) == site.rank:
         return site
     if not order:
-        return None
+        if site.magnitude is None and site.bias is None:
+            return None
+        return replace(site, a=site.a[:0], b=site.b[:0], scale=site.scale[:0], gate=None, expert=None, arow=None)
     expert = torch.cat([torch.full((blocks[index].rank,), index, dtype=torch.int32) for index in order])
     return replace(
         site,

@@ -9,7 +9,7 @@ import torch
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.compact.adapter import Compacted
 from loramux_adapters.lowered import LoweredAdapter
-from loramux_adapters.token_gates import token_gates
+from loramux_adapters.token_gates import reservation
 from loramux_kernels import AdapterPool, SiteSpec
 
 #: Projections that engines fuse because they read the same input: the pool keeps their rank rows together.
@@ -42,7 +42,7 @@ def pool_bytes(adapter: LoweredAdapter, base: BaseModel, dtype: torch.dtype) -> 
             dtype=dtype,
             device="cpu",
         )
-    return pool.bytes_for(adapter.ranks, token_gates(adapter))
+    return pool.bytes_for(**reservation(adapter, base.biased))
 
 
 def site_specs(base: BaseModel) -> list[SiteSpec]:

@@ -14,7 +14,7 @@ from loramux_adapters.compact.options import Grouping, Similarity
 from loramux_adapters.compact.report import module_errors, pool_bytes, site_specs
 from loramux_adapters.compact.statistics import from_texts
 from loramux_adapters.native import digest_of
-from loramux_adapters.token_gates import token_gates
+from loramux_adapters.token_gates import reservation
 from loramux_kernels import AdapterPool
 
 from ..checkpoints import BASE
@@ -104,12 +104,12 @@ def test_bytes_are_what_a_pool_takes(model: Any, dtype: torch.dtype) -> None:
     adapter = mixture((2, 3, 1, 2), dtype=torch.bfloat16)
     result = compact(adapter, BASE, Options(experts=2, even=True), from_texts(model, adapter, TEXTS))
     pool = AdapterPool(
-        site_specs(BASE), capacity_bytes=1 << 20, slots=2, max_rank=16, max_tokens=8, max_requests=2, dtype=dtype,
+        site_specs(BASE), capacity_bytes=1 << 20, slots=3, max_rank=16, max_tokens=8, max_requests=2, dtype=dtype,
         device="cpu",
     )  # fmt: skip
-    for each in (adapter, result.after):
+    for each in (adapter, result.after, plain(magnitude=torch.ones(40), bias=torch.ones(40))):
         used = pool.used_bytes
-        pool.reserve(each.ranks, token_gates(each))
+        pool.reserve(**reservation(each, BASE.biased))
         assert pool_bytes(each, BASE, dtype) == pool.used_bytes - used
     assert pool_bytes(result.after, BASE, dtype) < pool_bytes(adapter, BASE, dtype)
 
@@ -165,7 +165,7 @@ def statistics_of(adapter: LoweredAdapter) -> dict[str, RouterStatistics]:
         (mixture((2, 1)), Options(experts=3), True, "experts"),
         (mixture((2, 1)), Options(experts=1), False, "calibration"),
         (mapped(), Options(experts=1), True, "gates.g0.expert_map"),
-        (plain(variance=None, magnitude=torch.ones(40)), Options(rank=1), True, f"sites.{UP}.magnitude"),
+        (plain(magnitude=torch.ones(1, 40)), Options(rank=1), True, f"sites.{UP}.magnitude"),
         (LoweredAdapter("mola", {Q: make_site(Q, gate="q")}, gates={"q": make_gate(17)}), Options(rank=1), True,
          "gates.q.weights"),
         # Eight groups and sixteen residuals are more weights than the data plane has.

@@ -1,6 +1,7 @@
 """One site: what is merged and cut, against dense matrices in float64."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,3 +176,10 @@ def test_a_site_that_adds_nothing_goes(groups: list[int] | None) -> None:
     zero = token_site([torch.ones(2, 5)] * 2, [torch.zeros(4, 2)] * 2, [torch.ones(2)] * 2, "g")
     result = compact_site(zero, Options(experts=1, error=0.1), groups, [0.5, 0.5])
     assert result.site is None and result.distances == (0.0, 0.0)
+    biased = compact_site(replace(zero, bias=torch.ones(4)), Options(experts=1, error=0.1), groups, [0.5, 0.5])
+    assert biased.site is not None and (biased.site.rank, biased.site.gate, biased.site.expert) == (0, None, None)
+
+
+def test_a_site_without_rank_stays() -> None:
+    site = LoweredSite(torch.empty(0, 5), torch.empty(0, 4), torch.empty(0), magnitude=torch.ones(4))
+    assert compact_site(site, Options(rank=1)).site is site
