@@ -18,7 +18,6 @@ import torch
 from loramux_kernels.gates import GATE_FIELDS, MAX_EXPERTS
 from loramux_kernels.sites import TABLE_HEAD, TABLE_PART
 
-CACHE_VARIABLE = "LORAMUX_KERNEL_CACHE"
 _OPTIONS = (
     "-std=c++17",
     f"-DLORAMUX_MAX_EXPERTS={MAX_EXPERTS}",
@@ -78,7 +77,7 @@ def compile_source(name: str, arch: str, *, options: tuple[str, ...] = ()) -> tu
 
 def cubin(name: str, arch: str) -> bytes:
     """Machine code of `name` for `arch`, from the cache if it was compiled before by this NVRTC from this source."""
-    folder = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "loramux" / "kernels")
+    folder = _cache() / "kernels"
     path = folder / f"{name}-{arch}-{_fingerprint()}.cubin"
     try:
         return path.read_bytes()
@@ -93,6 +92,13 @@ def cubin(name: str, arch: str) -> bytes:
     except OSError:
         pass  # a cache that cannot be written only costs the next start a second
     return code
+
+
+def _cache() -> Path:
+    """Where loramux keeps what it builds; the rule is in its README."""
+    if own := os.environ.get("LORAMUX_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loramux"
 
 
 @functools.cache

@@ -20,8 +20,11 @@ _RAM = 4 * GIB
 _DISK = 1 * GIB
 _TORCH = """\
 import json, torch
-cuda = torch.cuda.is_available()
-print(json.dumps({"build": torch.version.cuda, "available": cuda, "free": cuda and torch.cuda.mem_get_info()}))
+found = {"build": torch.version.cuda, "available": torch.cuda.is_available()}
+if found["available"]:
+    from loramux_kernels.cuda.backend import unusable
+    found |= {"free": torch.cuda.mem_get_info(), "slower": unusable(torch.device("cuda", 0))}
+print(json.dumps(found))
 """
 
 
@@ -66,6 +69,10 @@ def gpu(machine: Machine) -> Iterator[Finding]:
             yield Finding.warn("gpu", text, "Another process holds the rest: nvidia-smi names it.")
         else:
             yield Finding.ok("gpu", text)
+        if torch.get("slower"):
+            yield Finding.warn("kernels", torch["slower"], "The Triton kernels serve, which are slower.")
+        else:
+            yield Finding.ok("kernels", "the CUDA kernels fit this GPU")
 
 
 def memory(machine: Machine) -> Iterator[Finding]:

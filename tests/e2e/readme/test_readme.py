@@ -138,4 +138,3 @@ def test_speeds_are_the_measured_ones() -> None:
             f"{float(ours['share_of_base']):.0%}",
             f"{float(stock['share_of_base']):.0%}" if stock else "cannot",
         ]
-

@@ -37,6 +37,9 @@ def torch(**facts: Any) -> Ran:
     return Ran(0, "a warning\n" + json.dumps(TORCH | facts))
 
 
+FREE = [79 * GIB, 80 * GIB]
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_a_machine_that_is_well(check: Check) -> None:
     assert {finding.level for finding in check(WELL)} <= {Level.OK}
@@ -77,6 +80,13 @@ def test_a_machine_that_is_well(check: Check) -> None:
             "gpu",
             "10.00 GiB of 80.00 GiB nvidia-smi",
         ),
+        (
+            hardware.gpu,
+            Lies(ran={"smi": SMI, "torch": torch(build="13.0", available=True, free=FREE, slower="no libnvrtc")}),
+            "warn",
+            "kernels",
+            "libnvrtc Triton",
+        ),
         (hardware.memory, Lies(ram=(GIB, 8 * GIB)), "warn", "memory", "1.00 GiB of 8.00 GiB 4.00 GiB"),
         (hardware.cache, Lies(may_write=False), "fail", "cache", "cannot be written LORAMUX_CACHE"),
         (hardware.cache, Lies(disk=GIB // 2), "warn", "cache", "512.00 MiB free LORAMUX_CACHE"),
@@ -92,7 +102,7 @@ def test_what_is_wrong_is_named(check: Check, machine: Machine, level: str, subj
 def test_what_is_not_needed_is_no_failure() -> None:
     """libnuma is vLLM's for CPUs; without vLLM there are no hooks to look for; a GPU's memory that is free is fine."""
     cuda = {"torch": "2.13.0", "vllm": "0.32.0"}
-    free = torch(build="13.0", available=True, free=[79 * GIB, 80 * GIB])
+    free = torch(build="13.0", available=True, free=FREE)
     gpu = Lies(versions=cuda, libraries=(), ran={"smi": SMI, "import json, torch": free})
     assert {finding.level for finding in examine(gpu)} == {Level.OK}
     assert list(packages.hooks(Lies(versions={}, ran={"probe": BROKEN}))) == []
