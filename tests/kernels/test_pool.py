@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loramux_kernels as lk
-from loramux_kernels import AdapterPool, SiteSpec
+from loramux_kernels import AdapterPool, SiteSpec, TokenGate
 from loramux_kernels.sites import lookup
 from loramux_kernels.testing import load, random_adapter
 
@@ -91,6 +93,47 @@ def test_bytes_are_the_weights_plus_less_than_a_line_per_array() -> None:
     pool = make()
     exact = 4 * (4 * 24 + 4 + 4 * 32) + 4 * (3 * 32 + 3 + 3 * 24)
     assert exact <= pool.bytes_for({"q": 4, "o": 3}) < exact + 6 * 128
+
+
+def test_the_readmes_memory_table_is_the_pools_own() -> None:
+    shapes = (
+        (("q", "k", "v"), 4096, (4096, 1024, 1024)),
+        (("o",), 4096, (4096,)),
+        (("gate", "up"), 4096, (14336, 14336)),
+        (("down",), 14336, (4096,)),
+    )
+    specs = [
+        SiteSpec(f"{layer}.{names[0]}", tuple(f"{layer}.{name}" for name in names), d_in, d_outs)
+        for layer in range(32)
+        for names, d_in, d_outs in shapes
+    ]
+    pool = AdapterPool(
+        specs,
+        capacity_bytes=0,
+        slots=1,
+        max_rank=128,
+        max_tokens=8,
+        max_requests=8,
+        dtype=torch.bfloat16,
+        device="cpu",
+    )
+    modules = [module for spec in specs for module in spec.modules]
+
+    def of(rank: int, **more: Any) -> int:
+        return pool.bytes_for(dict.fromkeys(modules, rank), **more)
+
+    mixture = of(128, gates=dict.fromkeys(modules, TokenGate(8, "top_k", k=2)))
+    wanted = {
+        "rank 8": of(8),
+        "rank 16": of(16),
+        "rank 16, DoRA and biases": of(16, mag=modules, bias=modules),
+        "rank 64": of(64),
+        "mixture of 8 experts of rank 16": mixture,
+    }
+    text = (Path(lk.__file__).parents[1] / "README.md").read_text()
+    for name, nbytes in wanted.items():
+        assert f"| {name} | {nbytes / 2**20:.2f} | {1000 * nbytes / 2**30:.1f} |" in text
+    assert f"{50 * 2**30 // of(16)} adapters of rank 16\nor {50 * 2**30 // mixture} of those mixtures" in text
 
 
 def test_a_fragmented_pool_says_so() -> None:

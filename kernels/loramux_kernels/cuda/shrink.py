@@ -16,8 +16,9 @@ from loramux_kernels.sites import Site
 from loramux_kernels.trace import TRACE_TOKENS
 
 _THREADS = 256
-_PIECE, _PLANES = 2048, 4
-"""Inputs that a block's loads cover in one round; pieces of I at most: T·planes ≤ T + PLANE_ROWS for T ≤ SMALL_STEP."""
+_ROWS, _PIECE, _PLANES = 16, 2048, 4
+"""Of a decode step: rows of A of a unit, inputs that a block's loads cover in one round, and pieces of I at most:
+T·planes ≤ T + PLANE_ROWS for T ≤ SMALL_STEP."""
 _BLOCKS = 528
 """Thread blocks of a decode step: twice what 132 multiprocessors hold at once, for balance."""
 _CLUSTER, _CLUSTERS, _GROUP_ROWS = 8, 64, 128
@@ -88,8 +89,10 @@ def shrink(site: Site, x: Tensor, h: Tensor) -> None:
         len(site.spec.d_outs),
         widths(site.spec.d_outs),
     )
+    # Blocks that find no unit still take the base linear's room for a moment.
+    blocks = min(tiles.programs * -(-site.rows // _ROWS) * decode.planes, _BLOCKS)
     with fork(x.device.index).beside(stream) as side:
-        _kernel(site, "decode").launch(decode, _BLOCKS, side)
+        _kernel(site, "decode").launch(decode, blocks, side)
 
 
 def warmup(site: Site) -> None:
