@@ -11,7 +11,7 @@ import torch
 
 from loramux_adapters.gate import Gate
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
-from loramux_adapters.token_gates import row_owners, token_gate
+from loramux_adapters.token_gates import router_rows, row_owners, token_gate
 from loramux_kernels.cpu.gate import gate as weigh
 
 Observer = Callable[[str, torch.Tensor], object]
@@ -25,7 +25,7 @@ class AppliedSite:
         self._a = site.expanded_a.float()
         self._b = site.b.float() * site.scale[:, None].float()
         self._rule = None if gate is None else token_gate(gate, site)
-        self._router = None if gate is None else gate.weights.float()
+        self._router = None if gate is None else router_rows(gate).float()
         self._owner = None if gate is None else row_owners(gate, site).long()
 
     def shrunk(self, x: torch.Tensor) -> torch.Tensor:
@@ -33,23 +33,27 @@ class AppliedSite:
         return x.float() @ self._a.T
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """What the gate decides by: |l| or l, [tokens, E]."""
-        assert self._rule is not None and self._router is not None
-        logits = x.float() @ self._router.T
+        """What the experts are compared by: |l| or l, [tokens, E]."""
+        assert self._rule is not None
+        logits = self._logits(x)[:, : self._rule.experts]
         return logits.abs() if self._rule.absolute else logits
 
     def expert_weights(self, x: torch.Tensor) -> torch.Tensor:
         """g [tokens, E] of the scored experts, before a map sums them up."""
         assert self._rule is not None
-        return weigh(self._rule.router, self.scores(x))
+        return weigh(self._rule.router, self._logits(x))
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         """What the rank rows add, [tokens, d_out]."""
         u = self.shrunk(x)
         if self._rule is not None:
             assert self._owner is not None
-            u = u * weigh(self._rule, self.scores(x))[:, self._owner]
+            u = u * weigh(self._rule, self._logits(x))[:, self._owner]
         return u @ self._b
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        assert self._router is not None
+        return x.float() @ self._router.T
 
 
 @contextmanager

@@ -5,7 +5,8 @@
     l = post(weights · v + bias) / T     scores, float32, [E]
     p = softmax(l)                       over all experts
     S = select(l or p)                   ties go to the lowest expert; S may be empty: then g = 0
-    g = p on S, 0 elsewhere              norm: as they are, or divided by their sum + eps; value `one`: 1 on S
+    g = p on S, 0 elsewhere              ADAPTIVE: p − τ(v) on S
+                                         norm: as they are, or divided by their sum + eps; value `one`: 1 on S
     g'[e'] = Σ_{e: expert_map[e] = e'} g[e]
 
 softmax → top-k → renormalise equals top-k → softmax, so one normaliser serves MoLA, MixLoRA, MoLE and Arrow.
@@ -64,7 +65,7 @@ class Select(StrEnum):
     TOP_K = "top_k"
     TOP_P = "top_p"  # most probable first, up to and including the one that reaches p
     THRESHOLD = "threshold"  # p ≥ threshold
-    ADAPTIVE = "adaptive"  # max(p − τ(x), 0) with a learned τ (AdaMoLE)
+    ADAPTIVE = "adaptive"  # p ≥ τ(v) with a learned τ (AdaMoLE)
 
 
 class Norm(StrEnum):
@@ -102,7 +103,7 @@ class Gate:
     rational         RATIONAL: coefficients n [7] and m [5], as one [12]: Σ n_j v^j / (1 + |Σ m_i v^i|), i from 1
     k, p, threshold  for TOP_K, TOP_P and THRESHOLD
     adaptive_weight, adaptive_bias, tau_max
-                     ADAPTIVE: τ(x) = tau_max · σ(adaptive_weight [d_src] · v + adaptive_bias [1])
+                     ADAPTIVE: τ(v) = tau_max · σ(adaptive_weight [d_src] · v + adaptive_bias [1])
     eps              RENORM: added to the sum
     expert_map       [E] int32; groups are numbered in the order of their first expert, so that every grouping has
                      one map, and the only map that keeps E experts is the identity. With it g'[E' + e] = g[e] too: a

@@ -8,7 +8,6 @@ from loramux_adapters.lowered import LoweredAdapter
 from loramux_adapters.token_gates import used_weights
 
 MAX_EXPERTS = 16
-_SELECTIONS = (Select.ALL, Select.TOP_K, Select.TOP_P, Select.THRESHOLD)
 _NORMS = (Norm.SOFTMAX, Norm.RENORM)
 
 
@@ -49,7 +48,6 @@ def _gate_obstacles(gate: Gate) -> Iterator[tuple[str, str]]:
         ("source", (GateSource.SITE_INPUT,)),
         ("pre", (PreMap.NONE,)),
         ("post", (PostMap.NONE, PostMap.ABS)),
-        ("select", _SELECTIONS),
         ("norm", _NORMS),
         ("value", (GateValue.PROBABILITY, GateValue.ONE)),
     ):
@@ -62,8 +60,9 @@ def _gate_obstacles(gate: Gate) -> Iterator[tuple[str, str]]:
     ):
         if present:
             yield field, "is not run yet"
-    if gate.scored > MAX_EXPERTS:
-        yield "weights", f"{gate.scored} experts are more than {MAX_EXPERTS}"
+    most = MAX_EXPERTS - (gate.select is Select.ADAPTIVE)
+    if gate.scored > most:
+        yield "weights", f"{gate.scored} experts are more than {most}"
 
 
 def _question(gate: Gate) -> str:

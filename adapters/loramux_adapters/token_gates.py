@@ -40,10 +40,11 @@ def token_gate(gate: Gate, site: LoweredSite) -> TokenGate:
     """The rule by which tokens weight the site's rank rows."""
     return TokenGate(
         experts=gate.scored,
-        select=gate.select.value,  # type: ignore[arg-type]
+        select=gate.select.value,
         k=gate.k or 0,
         p=gate.p if gate.p is not None else 1.0,
-        threshold=gate.threshold or 0.0,
+        threshold=gate.threshold or gate.tau_max or 0.0,
+        bias=0.0 if gate.adaptive_bias is None else float(gate.adaptive_bias),
         renormalise=gate.norm is Norm.RENORM,
         eps=gate.eps,
         temperature=gate.temperature,
@@ -53,6 +54,13 @@ def token_gate(gate: Gate, site: LoweredSite) -> TokenGate:
         if gate.expert_map is not None
         else (),
     )
+
+
+def router_rows(gate: Gate) -> torch.Tensor:
+    """[E, d_src], or [E + 1, d_src] with the row that gives an adaptive threshold: a row for each of its logits."""
+    if gate.adaptive_weight is None:
+        return gate.weights
+    return torch.cat([gate.weights, gate.adaptive_weight[None]])
 
 
 def row_owners(gate: Gate, site: LoweredSite) -> torch.Tensor:

@@ -1,7 +1,9 @@
 """The gate of a mixture of LoRA experts: how much of each expert a token takes, from its router logits l_TE.
 
     p = softmax_E(|l| / temperature)                     |·| only if `absolute`
-    g = p where selected, else 0;   if `renormalise`: g / (Σ_E g + eps);   if `one`: 1 where selected, else 0
+    w = p where selected, else 0;                        adaptive: p − τ where selected
+    g = w;   if `renormalise`: w / (Σ_E w + eps);        if `one`: 1 where selected, else 0
+    τ = threshold · σ(l_E + bias)                        only if adaptive; l_E is one more logit, behind the experts'
     g_TG = Σ_{e in group} g_Te                           only with `groups`
 
 T tokens · E experts · G groups. The arithmetic is float32 (float64 for float64 weights) whatever the dtype of the
@@ -21,14 +23,15 @@ from torch import Tensor
 MAX_EXPERTS = 16
 """Experts of one module. The kernels hold a token's gate in registers, one axis of this length."""
 
-Select = Literal["all", "top_k", "top_p", "threshold"]
+Select = Literal["all", "top_k", "top_p", "threshold", "adaptive"]
 
-ABSOLUTE, RENORMALISE, ONE, GROUPED = 1, 2, 4, 8
+ABSOLUTE, RENORMALISE, ONE, GROUPED, ADAPTIVE = 1, 2, 4, 8, 16
 """Bits of the flags in `packed`."""
 GROUPS_PER_WORD = 4
 """Groups are sets of experts in 16 bits each, four to an int64."""
-GATE_FIELDS = 6 + MAX_EXPERTS // GROUPS_PER_WORD
-"""Length of `packed`."""
+GROUPS_AT = 7
+GATE_FIELDS = GROUPS_AT + MAX_EXPERTS // GROUPS_PER_WORD
+"""Where the groups begin in `packed`, and its length."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class TokenGate:
     """Selection and weighting of `experts` experts, per token.
 
     all · top_k: the `k` most probable (all if k > experts) · top_p: the most probable first, up to and including the
-    one whose sum reaches `p` · threshold: those with probability of at least `threshold`. Between equal
+    one whose sum reaches `p` · threshold: those with probability of at least `threshold` · adaptive: those with
+    probability of at least the token's own τ, which the router has one more row for, and `bias`. Between equal
     probabilities the lower index comes first. A token that selects none gets nothing from the adapter.
 
     `groups`, for experts that share rank rows: bit e of groups[i] says that group i takes the weight of expert e; an
@@ -50,6 +54,7 @@ class TokenGate:
     k: int = 0
     p: float = 1.0
     threshold: float = 0.0
+    bias: float = 0.0
     renormalise: bool = True
     eps: float = 0.0
     temperature: float = 1.0
@@ -58,8 +63,9 @@ class TokenGate:
     groups: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 1 <= self.experts <= MAX_EXPERTS:
-            raise ValueError(f"experts: {self.experts}, must be 1 to {MAX_EXPERTS}")
+        most = MAX_EXPERTS - self.adaptive
+        if not 1 <= self.experts <= most:
+            raise ValueError(f"experts: {self.experts}, must be 1 to {most} for {self.select}")
         if self.select not in get_args(Select):
             raise ValueError(f'select: "{self.select}", there are {", ".join(get_args(Select))}')
         if self.k < (self.select == "top_k"):
@@ -71,10 +77,21 @@ class TokenGate:
         if _float32("temperature", self.temperature) <= 0:
             raise ValueError(f"temperature: {self.temperature}, must be positive")
         _float32("threshold", self.threshold)
+        _float32("bias", self.bias)
         if len(self.groups) > MAX_EXPERTS:
             raise ValueError(f"groups: {len(self.groups)}, must be at most {MAX_EXPERTS}")
         if any(not 0 < group < 1 << self.experts for group in self.groups):
             raise ValueError(f"groups: each must hold some of the experts 0 to {self.experts - 1}")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether each token has a threshold of its own."""
+        return self.select == "adaptive"
+
+    @property
+    def logits(self) -> int:
+        """How many logits a token has, and rows the router: one per expert, and one for an adaptive threshold."""
+        return self.experts + self.adaptive
 
     @property
     def weights(self) -> int:
@@ -87,17 +104,18 @@ class TokenGate:
         return replace(self, groups=()) if self.groups else self
 
     def packed(self) -> tuple[int, ...]:
-        """k, flags, the bits of p, threshold, eps and temperature as float32, and the groups, for the device.
+        """k, flags, the bits of p, threshold, eps, temperature and bias as float32, and the groups, for the device.
 
         A kernel selects what passes all three selections; those that this gate does not use let everything pass.
         """
         k = self.k if self.select == "top_k" else MAX_EXPERTS
         p = self.p if self.select == "top_p" else math.inf
-        threshold = self.threshold if self.select == "threshold" else -math.inf
+        threshold = self.threshold if self.select in ("threshold", "adaptive") else -math.inf
         flags = ABSOLUTE * self.absolute | RENORMALISE * self.renormalise | ONE * self.one
-        flags |= GROUPED * bool(self.groups)
+        flags |= GROUPED * bool(self.groups) | ADAPTIVE * self.adaptive
         words = struct.unpack("<4q", struct.pack("<16H", *self.groups, *[0] * (MAX_EXPERTS - len(self.groups))))
-        return k, flags, *(_bits(value) for value in (p, threshold, self.eps, self.temperature)), *words
+        numbers = (p, threshold, self.eps, self.temperature, self.bias)
+        return k, flags, *(_bits(value) for value in numbers), *words
 
 
 def check_experts(module: str, expert: Tensor, experts: int) -> None:

@@ -1,6 +1,6 @@
 """Where the arrays of one adapter at one site lie in its extent of the arena.
 
-    A of all slices [R, I], routers behind it [E, I] each · scale [R] · expert [R], with a router only ·
+    A of all slices [R, I], routers behind it, a row per logit · scale [R] · expert [R], with a router only ·
     per slice B [r, O], mag [O], bias [O]
 
 Every array begins on an `arena.ALIGNMENT` boundary; scale, mag and bias are float32, expert int32.
@@ -44,7 +44,7 @@ class Layout:
 
     @classmethod
     def of(cls, d_in: int, d_outs: Sequence[int], parts: tuple[Part, ...], itemsize: int) -> Layout:
-        rank_rows, router_rows = sum(p.rank for p in parts), sum(p.gate.experts for p in parts if p.gate)
+        rank_rows, router_rows = sum(p.rank for p in parts), sum(p.gate.logits for p in parts if p.gate)
         scale = aligned((rank_rows + router_rows) * d_in * itemsize)
         expert = scale + aligned(rank_rows * WORD)
         end = expert + (aligned(rank_rows * WORD) if router_rows else 0)
@@ -66,10 +66,10 @@ class Layout:
     @property
     def rows(self) -> int:
         """Rows of A in use: rank rows and router rows."""
-        return self.rank_rows + sum(p.gate.experts for p in self.parts if p.gate)
+        return self.rank_rows + sum(p.gate.logits for p in self.parts if p.gate)
 
     @property
     def logits(self) -> tuple[int, ...]:
         """First router row of each slice, where its logits begin in h."""
-        counts = (p.gate.experts if p.gate else 0 for p in self.parts[:-1])
+        counts = (p.gate.logits if p.gate else 0 for p in self.parts[:-1])
         return tuple(itertools.accumulate(counts, initial=self.rank_rows))

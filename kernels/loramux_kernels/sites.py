@@ -148,7 +148,7 @@ class Site:
             if part.gate:
                 first = layout.logits[j]
                 expert = self._words(self.ints, offset + layout.expert + row * WORD, part.rank)
-                gate = SliceGate(part.gate, slice(first, first + part.gate.experts), expert)
+                gate = SliceGate(part.gate, slice(first, first + part.gate.logits), expert)
             mag, bias = (
                 None if at is None else self._words(self.floats, offset + at, d_out)
                 for at in (layout.mag[j], layout.bias[j])

@@ -8,13 +8,15 @@ and for y' = mag_o y + Σ… + bias_o another u_sum (|mag_o y| + |bias_o|).
 
 u_y: the one rounding of y; u_h: the rounding of s ⊙ h to the weights' dtype before the second product, which tensor
 cores need; u_sum: the order and precision of the sums. In a mixture s_r is s_r g_e, and an error δ = u_sum Σ_i |W_ei
-x_i| / temperature of the logits makes one of at most 4 δ g_e of the gate (softmax 2 δ, its renormalisation again).
+x_i| / temperature of the logits makes one of at most 4 δ g_e of the gate (softmax 2 δ, its renormalisation again);
+where a threshold τ of the token is taken off p, of 2 δ p_e + δ τ before they are normalised (`gate_error`).
 That holds while the same experts are selected: tests keep to inputs whose `margin` is far above δ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +56,7 @@ GATE_ROUNDING = 4
 
 class Weights(NamedTuple):
     """One module of an adapter: `a_RI`, `b_RO` (B transposed), float32 `scale_R`; of a mixture also its gate,
-    `router_EI` and integer `expert_R`; where it has them, float32 `mag_O` and `bias_O`."""
+    `router_EI`, a row per logit, and integer `expert_R`; where it has them, float32 `mag_O` and `bias_O`."""
 
     a: Tensor
     b: Tensor
@@ -92,7 +94,7 @@ def mixed(adapter: Adapter, gates: Mapping[str, TokenGate], generator: torch.Gen
     device = generator.device
     for module, gate in gates.items():
         w = made[module]
-        router = torch.randn(gate.experts, w.a.shape[1], generator=generator, device=device) * w.a.shape[1] ** -0.5
+        router = torch.randn(gate.logits, w.a.shape[1], generator=generator, device=device) * w.a.shape[1] ** -0.5
         expert = torch.randint(gate.weights, (w.a.shape[0],), generator=generator, device=device)
         made[module] = w._replace(gate=gate, router=router.to(w.a.dtype), expert=expert)
     return made
@@ -163,11 +165,12 @@ class Gates(NamedTuple):
 
 
 def exact_gates(gate: TokenGate, logits: Tensor) -> Gates:
-    """The gate of float64 `logits_TE` by sorting: `g_TE`, or `g_TG` with groups.
+    """The gate of float64 logits, a row per token, by sorting: `g_TE`, or `g_TG` with groups.
 
     A margin is a distance between scores or between probabilities.
     """
-    scores = (logits.abs() if gate.absolute else logits) / gate.temperature
+    scores = logits[:, : gate.experts]
+    scores = (scores.abs() if gate.absolute else scores) / gate.temperature
     p, order = torch.softmax(scores, 1).sort(dim=1, descending=True, stable=True)
     before = p.cumsum(1) - p
     place = torch.arange(gate.experts, device=p.device)
@@ -182,30 +185,61 @@ def exact_gates(gate: TokenGate, logits: Tensor) -> Gates:
     elif gate.select == "threshold":
         keep = p >= gate.threshold
         margin = (p - gate.threshold).abs().amin(1)
+    elif gate.adaptive:
+        tau = _own_threshold(gate, logits)
+        keep, margin = p >= tau, (p - tau).abs().amin(1)
+        p = p - tau
     if gate.select in ("top_k", "top_p") and gate.experts > 1:
         ranked = scores.gather(1, order)
         gap = torch.where(keep[:, :-1] & ~keep[:, 1:], ranked[:, :-1] - ranked[:, 1:], torch.inf)
         margin = torch.minimum(margin, gap.amin(1))
     value = p * keep
     if gate.renormalise:
-        value = torch.where(keep.any(1, keepdim=True), value / (value.sum(1, keepdim=True) + gate.eps), 0)
+        total = value.sum(1, keepdim=True)
+        value = torch.where(total > 0, value / (total + gate.eps), 0)
     if gate.one:
         value = keep.to(p.dtype)
     g = torch.zeros_like(p).scatter(1, order, value)
-    if gate.groups:
-        member = [[group >> e & 1 for group in gate.groups] for e in range(gate.experts)]
-        g = g @ torch.tensor(member, dtype=torch.float64, device=p.device)
-    return Gates(g, margin)
+    return Gates(_by_group(gate, g), margin)
 
 
-def gate_error(gate: TokenGate, logits: Tensor) -> Tensor:
-    """Relative error [T, 1] that float32 may make of a gate whose float32 `logits_TE` are exact.
+def gate_error(gate: TokenGate, logits: Tensor, delta: Tensor, tolerance: Tolerance) -> Tensor:
+    """How far off g may be, elementwise and to first order, where float64 `logits` are off by up to `delta` [T, 1].
 
-    A score is off by at most δ = 4 u max|score|: the roundings of 1 / temperature, of the quotient, and of the distance
-    to the largest, which is up to twice as long. The softmax and its renormalisation turn that into 4 δ.
+    Softmax makes 2 δ p of an error δ of the scores, and σ at most δ τ of one of the threshold's logit.
     """
-    delta = 4 * TOLERANCE[torch.float32].y * (logits / gate.temperature).abs().amax(1, keepdim=True)
-    return 4 * delta + GATE_ROUNDING * TOLERANCE[torch.float32].sum
+    g = exact_gates(gate.router, logits).g
+    rounding = GATE_ROUNDING * tolerance.sum
+    if not gate.adaptive:
+        return _by_group(gate, (4 * delta / gate.temperature + rounding) * g)
+    if gate.one:
+        return _by_group(gate, 0 * g)
+    tau, own = _own_threshold(gate, logits), logits[:, gate.experts :]
+    p = g + tau if not gate.renormalise else exact_gates(replace(gate.router, renormalise=False), logits).g + tau
+    own_delta = delta + tolerance.sum * (own.abs() + abs(gate.bias))
+    error = (g > 0) * ((2 * delta / gate.temperature + rounding) * p + (own_delta + rounding) * tau.abs())
+    if gate.renormalise:
+        total = ((p - tau) * (g > 0)).sum(1, keepdim=True) + gate.eps
+        error = torch.where(total > 0, (error + g * error.sum(1, keepdim=True)) / total, 0) + rounding * g
+    return _by_group(gate, error)
+
+
+def rounded_scores(gate: TokenGate, logits: Tensor) -> Tensor:
+    """δ [T, 1] of float32 logits that are exact: 4 u max|l|, for the roundings of 1 / temperature, of the quotient, and
+    of the distance to the largest, which is up to twice as long."""
+    return 4 * TOLERANCE[torch.float32].y * logits[:, : gate.experts].abs().amax(1, keepdim=True)
+
+
+def _own_threshold(gate: TokenGate, logits: Tensor) -> Tensor:
+    """τ [T, 1] of an adaptive gate."""
+    return gate.threshold * torch.sigmoid(logits[:, gate.experts :] + gate.bias)
+
+
+def _by_group(gate: TokenGate, g: Tensor) -> Tensor:
+    if not gate.groups:
+        return g
+    member = [[group >> e & 1 for group in gate.groups] for e in range(gate.experts)]
+    return g @ torch.tensor(member, dtype=torch.float64, device=g.device)
 
 
 class Exact(NamedTuple):
@@ -241,27 +275,28 @@ def exact(spec: SiteSpec, adapters: Sequence[Adapter], which: Ints, lengths: Int
             if w.bias is not None:
                 bias = w.bias.to(y.device).double()
                 total, error = total + bias, error + tolerance.sum * bias.abs()
-            expert, gates, gate_error = _experts(w, xs, tolerance)
+            expert, gates, wrong = _experts(w, xs, tolerance)
             for e in range(gates.g.shape[1]):
                 mine, g = expert == e, gates.g[:, e : e + 1]
-                h = xs @ a[mine].t() * scale[mine] * g
-                sums = xs.abs() @ a[mine].abs().t() * scale[mine].abs() * g
-                total += h @ b[mine]
-                error += (tolerance.h + gate_error) * (h.abs() @ b[mine].abs()) + tolerance.sum * (sums @ b[mine].abs())
+                h = xs @ a[mine].t() * scale[mine]
+                sums = xs.abs() @ a[mine].abs().t() * scale[mine].abs()
+                total += g * (h @ b[mine])
+                error += (tolerance.h * g + wrong[:, e : e + 1]) * (h.abs() @ b[mine].abs())
+                error += tolerance.sum * g * (sums @ b[mine].abs())
             out[rows, cols], bound[rows, cols] = total, error + tolerance.y * total.abs()
             margin[rows] = torch.minimum(margin[rows], gates.margin)
     return Exact(out, bound, margin)
 
 
 def _experts(w: Weights, x: Tensor, tolerance: Tolerance) -> tuple[Tensor, Gates, Tensor]:
-    """Expert of each rank row, the gates of tokens `x_TI`, and the relative error [T, 1] that these may have."""
+    """Expert of each rank row, the gates of tokens `x_TI`, and the errors `g` may have."""
     if w.gate is None or w.router is None or w.expert is None:
         one = x.new_ones(x.shape[0], 1)
         return torch.zeros(w.a.shape[0], device=x.device), Gates(one, x.new_full(x.shape[:1], torch.inf)), 0 * one
     router = w.router.to(x.device).double()
-    logit_error = tolerance.sum * (x.abs() @ router.abs().t()).amax(1, keepdim=True) / w.gate.temperature
-    gates = exact_gates(w.gate, x @ router.t())
-    return w.expert.to(x.device), gates, 4 * logit_error + GATE_ROUNDING * tolerance.sum
+    delta = tolerance.sum * (x.abs() @ router.abs().t()).amax(1, keepdim=True)
+    logits = x @ router.t()
+    return w.expert.to(x.device), exact_gates(w.gate, logits), gate_error(w.gate, logits, delta, tolerance)
 
 
 def clear_inputs(

@@ -24,7 +24,7 @@ GatesOfSlot = Mapping[int, Mapping[TokenGate, list[int]]]
 
 
 class Routed(NamedTuple):
-    """Logits of one slot's gates that share a rule: `rows_N` of the step, `logits` [gates, N, experts].
+    """Logits of one slot's gates that share a rule: `rows_N` of the step, `logits` [gates, N, logits of the rule].
 
     A gate's number is its module's among all modules of the pool's sites, in order.
     """
@@ -64,7 +64,7 @@ class Traced:
                 continue
             of_slot = self._logits[:, torch.from_numpy(rows)]
             for rule, gates in rules.items():
-                yield Routed(slot, rule, tuple(gates), rows, of_slot[gates, :, : rule.experts])
+                yield Routed(slot, rule, tuple(gates), rows, of_slot[gates, :, : rule.logits])
 
 
 class Trace:

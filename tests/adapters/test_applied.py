@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from loramux_adapters import LoweredAdapter
 from loramux_adapters.applied import applied
+from loramux_adapters.gate import Select
 
 from .compact.conftest import CONFIG
 from .compact.mixtures import mixture
@@ -34,14 +35,31 @@ def grouped(adapter: LoweredAdapter) -> LoweredAdapter:
     return replace(adapter, sites=sites, gates={n: replace(g, expert_map=map_) for n, g in adapter.gates.items()})
 
 
+def thresholded(adapter: LoweredAdapter) -> LoweredAdapter:
+    """Each token has a threshold of its own, as in AdaMoLE."""
+    gates = {
+        name: replace(
+            gate,
+            select=Select.ADAPTIVE,
+            k=None,
+            adaptive_weight=gate.weights.sum(0) / 2,
+            adaptive_bias=torch.ones(1),
+            tau_max=0.6,
+        )
+        for name, gate in adapter.gates.items()
+    }
+    return replace(adapter, gates=gates)
+
+
 @pytest.mark.parametrize(
     "adapter",
     [
         mixture((2, 3, 1)),
         grouped(mixture((2, 3, 1))),
+        thresholded(mixture((2, 3, 1))),
         LoweredAdapter("lora", {UP: make_site(UP, bias=torch.ones(40))}),
     ],
-    ids=["mixture", "grouped", "plain"],
+    ids=["mixture", "grouped", "thresholded", "plain"],
 )
 def test_logits(model: Any, adapter: LoweredAdapter) -> None:
     inputs: dict[str, int] = {}

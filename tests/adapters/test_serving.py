@@ -34,6 +34,13 @@ from loramux_adapters.verify import verify
 from .checkpoints import BASE
 from .natives import DOWN, UP, Q, adapters, make_gate, make_mixture, make_site
 
+ADAPTIVE: Any = {
+    "select": Select.ADAPTIVE,
+    "adaptive_weight": torch.ones(24),
+    "adaptive_bias": torch.ones(1),
+    "tau_max": 0.5,
+}
+
 
 @pytest.mark.parametrize(
     "gate",
@@ -43,6 +50,7 @@ from .natives import DOWN, UP, Q, adapters, make_gate, make_mixture, make_site
         make_gate(select=Select.TOP_K, k=2, post=PostMap.ABS, temperature=0.5),
         make_gate(select=Select.TOP_P, p=0.5, norm=Norm.SOFTMAX),
         make_gate(select=Select.THRESHOLD, threshold=0.5, value=GateValue.ONE),
+        make_gate(15, **ADAPTIVE),
         make_gate(eps=1e-6),
         make_gate(expert_map=torch.arange(2, dtype=torch.int32)),
         make_gate(3, expert_map=torch.tensor([0, 1, 0], dtype=torch.int32)),
@@ -62,7 +70,7 @@ def test_served(gate: Any) -> None:
         (make_gate(kind=GateKind.PROMPT, source=GateSource.LAYER_INPUT, pool=Pooling.MEAN), "kind"),
         (make_gate(source=GateSource.FFN_INPUT), "source"),
         (make_gate(pre=PreMap.LAYER_NORM), "pre"),
-        (make_gate(select=Select.ADAPTIVE), "select"),
+        (make_gate(16, **ADAPTIVE), "weights"),
         (make_gate(norm=Norm.NONE), "norm"),
         (make_gate(bias=torch.ones(2)), "bias"),
         (make_gate(hidden=((torch.ones(24, 24), torch.ones(24)),)), "hidden"),

@@ -122,6 +122,7 @@ ROWS: dict[str, Row] = {
     ),
     "mole, top_k": _row("mole", mole, lora_alpha=0.4, top_k=2, target_modules=["q_proj", "v_proj"]),
     "mole, threshold": _row("mole", mole, lora_alpha=0.4, threshold=0.25, target_modules=["k_proj", "o_proj"]),
+    "adamole": _row("mole", mole, peft_type="ADAMOLE", lora_alpha=0.4, target_modules=["v_proj", "up_proj"]),
     "multilora": _row("multilora", multilora, lora_alpha=2),
     "reslora": _row("reslora", reslora, lora_alpha=0.3, pre_num=2, target_modules="q.v"),
     "sira": _row("sira", sira, lora_alpha=0.3),

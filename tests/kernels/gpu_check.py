@@ -65,7 +65,7 @@ GATES: tuple[dict[str, TokenGate], ...] = (
         "k": TokenGate(3, "threshold", threshold=1.5),
         "v": TokenGate(16, "top_k", k=3, absolute=True, renormalise=False),
         "o": TokenGate(7, eps=1e-3, groups=(0b1000001, 0b0111110, 0b1111111)),
-        "d": TokenGate(2, "top_k", k=1),
+        "d": TokenGate(15, "adaptive", threshold=0.07, bias=0.5),
     },
 )
 """By module, of the adapters of RANKS: plain, mixtures, and plain modules beside mixtures."""

@@ -48,9 +48,9 @@ MIXED: tuple[dict[str, TokenGate], ...] = (
         "v": TokenGate(3, "top_k", k=2, renormalise=False),
         "o": TokenGate(16, "top_p", p=0.7, temperature=0.5),
     },
-    {"q": TokenGate(8, "top_k", k=2), "o": TokenGate(5, "top_k", k=3, absolute=True, one=True)},
+    {"q": TokenGate(8, "threshold", threshold=0.15), "o": TokenGate(5, "top_k", k=3, absolute=True, one=True)},
     {
-        "k": TokenGate(6, "threshold", threshold=0.22),
+        "k": TokenGate(6, "adaptive", threshold=0.2, bias=0.3),
         "v": TokenGate(7, eps=1e-3, groups=(0b0011011, 0b1000000, 0b1111111)),
     },
     {},
@@ -134,7 +134,7 @@ def check_ties(rule: TokenGate) -> bool:
     """Equal scores, and the selections that hang on them exactly."""
     spec, gen = SPECS[1], torch.Generator().manual_seed(0)
     w = mixed(random_adapter(SPECS, {"o": 40}, torch.float32, gen), {"o": rule}, gen)["o"]
-    adapter = {"o": w._replace(router=torch.zeros(rule.experts, spec.d_in))}
+    adapter = {"o": w._replace(router=torch.zeros(rule.logits, spec.d_in))}
     pool = AdapterPool(
         [spec],
         capacity_bytes=1 << 20,
@@ -164,6 +164,8 @@ TIES = (
     TokenGate(16, "top_k", k=5, groups=tuple(1 << e for e in reversed(range(16)))),
     TokenGate(10, "threshold", threshold=0.1),
     TokenGate(4, "threshold", threshold=2.0),
+    TokenGate(4, "adaptive", threshold=0.5),
+    TokenGate(15, "adaptive", threshold=0.5, bias=-2.0),
 )
 
 if __name__ == "__main__":

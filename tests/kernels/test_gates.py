@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from loramux_kernels import MAX_EXPERTS, TokenGate
 from loramux_kernels.cpu import gate as cpu_gate
+from loramux_kernels.gates import Select
 from loramux_kernels.reference import gate as reference_gate
-from loramux_kernels.testing import MARGIN, exact_gates, gate_error
+from loramux_kernels.testing import MARGIN, TOLERANCE, exact_gates, gate_error, rounded_scores
 
 
 def by_token(rule: TokenGate, logits: Tensor) -> Tensor:
@@ -24,19 +25,22 @@ def by_token(rule: TokenGate, logits: Tensor) -> Tensor:
 
 
 BACKENDS: dict[str, Callable[[TokenGate, Tensor], Tensor]] = {"cpu": cpu_gate.gate, "reference": by_token}
+SELECTIONS = get_args(Select)
 RULES = st.builds(
     TokenGate,
-    experts=st.integers(1, MAX_EXPERTS),
-    select=st.sampled_from(["all", "top_k", "top_p", "threshold"]),
+    experts=st.integers(1, MAX_EXPERTS - 1),
+    select=st.sampled_from(SELECTIONS),
     k=st.integers(1, MAX_EXPERTS + 2),
     p=st.floats(0.05, 0.95),
     threshold=st.floats(0.0, 0.7),
+    bias=st.floats(-3.0, 3.0),
     renormalise=st.booleans(),
     eps=st.sampled_from([0.0, 1e-6, 0.5]),
     temperature=st.floats(0.3, 4.0),
     absolute=st.booleans(),
     one=st.booleans(),
 )
+RULES |= RULES.filter(lambda rule: not rule.adaptive).map(lambda rule: replace(rule, experts=MAX_EXPERTS))
 
 
 @st.composite
@@ -50,15 +54,18 @@ def grouped(draw: st.DrawFn) -> TokenGate:
 @settings(max_examples=150, deadline=None)
 @given(rule=RULES | grouped(), seed=st.integers(0, 2**31))
 def test_against_sorting_in_float64(backend: str, rule: TokenGate, seed: int) -> None:
-    logits = torch.randn(24, rule.experts, generator=torch.Generator().manual_seed(seed))
+    logits = torch.randn(24, rule.logits, generator=torch.Generator().manual_seed(seed))
     want = exact_gates(rule, logits.double())
     # Where a selection hangs on a rounding, float32 and float64 may differ; most tokens are far from that.
     clear = want.margin > MARGIN
-    torch.testing.assert_close(BACKENDS[backend](rule, logits.double())[clear], want.g[clear], rtol=1e-12, atol=0)
+    # A difference of probabilities that is just above MARGIN has lost four of its sixteen digits.
+    exactly = BACKENDS[backend](rule, logits.double())
+    torch.testing.assert_close(exactly[clear], want.g[clear], rtol=1e-11 if rule.adaptive else 1e-12, atol=0)
     got = BACKENDS[backend](rule, logits)
     assert got.dtype == torch.float32
     error = (got.double() - want.g).abs()
-    assert (error <= gate_error(rule, logits.double()) * want.g)[clear].all()
+    exact = logits.double()
+    assert (error <= gate_error(rule, exact, rounded_scores(rule, exact), TOLERANCE[torch.float32]))[clear].all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -78,6 +85,17 @@ def test_against_sorting_in_float64(backend: str, rule: TokenGate, seed: int) ->
         (TokenGate(10, "threshold", threshold=0.1, renormalise=False), [0] * 10, [0.1] * 10),
         (TokenGate(4, "threshold", threshold=0.26), [0, 0, 0, 0], [0, 0, 0, 0]),
         (TokenGate(4, "threshold", threshold=2.0, one=True), [0, 0, 0, 9], [0, 0, 0, 0]),
+        # τ is 1/4, 1/2, 0, 1/4 just reached, 1 and 1/4: the last score is the threshold's, its own bias comes to that.
+        (TokenGate(2, "adaptive", threshold=0.5, renormalise=False), [math.log(3), 0, 0], [0.5, 0]),
+        (TokenGate(3, "adaptive", threshold=1.0), [math.log(6), math.log(2), 0, 0], [1, 0, 0]),
+        (TokenGate(2, "adaptive", threshold=0.5), [0, math.log(3), -200], [0.25, 0.75]),
+        (TokenGate(4, "adaptive", threshold=0.5), [0, 0, 0, 0, 0], [0, 0, 0, 0]),
+        (TokenGate(2, "adaptive", threshold=1.0, bias=200), [3, 0, 0], [0, 0]),
+        (TokenGate(2, "adaptive", threshold=1.0, bias=-1, eps=0.5), [math.log(3), 0, 1 - math.log(3)], [0.5, 0]),
+        # |·| and the temperature are the experts' only; groups sum what is left.
+        (TokenGate(2, "adaptive", threshold=1.0, absolute=True, renormalise=False), [-0.0, 0, -200], [0.5, 0.5]),
+        (TokenGate(2, "adaptive", threshold=0.5, temperature=1e9, renormalise=False), [9, 0, 0], [0.25, 0.25]),
+        (TokenGate(2, "adaptive", threshold=0.5, one=True, groups=(0b11, 0b01)), [math.log(7), 0, 0], [1, 1]),
         (TokenGate(3, "top_k", k=9, one=True), [5, 0, 1], [1, 1, 1]),
         (TokenGate(2, "top_k", k=1, eps=0.5), [0, 0], [0.5, 0]),
         (TokenGate(1, "top_k", k=1), [-7], [1]),
@@ -100,12 +118,14 @@ def test_by_hand(backend: str, rule: TokenGate, scores: list[float], want: list[
     [
         ("experts", {"experts": 0}),
         ("experts", {"experts": MAX_EXPERTS + 1}),
+        ("experts", {"experts": MAX_EXPERTS, "select": "adaptive"}),
         ("select", {"select": "best"}),
         ("k", {"select": "top_k"}),
         ("k", {"k": -1}),
         ("p", {"p": 0.0}),
         ("p", {"p": 1.5}),
         ("threshold", {"threshold": math.nan}),
+        ("bias", {"bias": 1e39}),
         ("eps", {"eps": -1e-6}),
         ("temperature", {"temperature": 0.0}),
         ("temperature", {"temperature": 1e-60}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,15 @@ ADAPTERS: tuple[tuple[Mapping[str, int], Mapping[str, TokenGate]], ...] = (
     ({"q": 24, "v": 8, "o": 64}, {}),
     ({"k": 64, "o": 64}, {"k": TokenGate(2, eps=1e-6), "o": TokenGate(16, "top_k", k=5, temperature=2.0)}),
     ({"o": 9}, {"o": TokenGate(7, "threshold", threshold=0.15, absolute=True)}),
+    # A threshold per token: a row of the router more.
+    (
+        {"q": 30, "k": 7, "o": 20},
+        {
+            "q": TokenGate(15, "adaptive", threshold=1 / 15, bias=-0.5),
+            "k": TokenGate(1, "adaptive", threshold=0.9),
+            "o": TokenGate(4, "adaptive", threshold=0.6, renormalise=False, groups=(0b0011, 0b0110, 0b1000)),
+        },
+    ),
     # Experts that share rows, in as many groups as there may be, with members in several or none.
     (
         {"q": 20, "v": 6, "o": 30},
@@ -144,6 +154,7 @@ def test_every_number_of_experts_with_unequal_ranks(experts: int, backend: str) 
         TokenGate(experts, "top_p", p=0.7, renormalise=False),
         TokenGate(experts, "threshold", threshold=0.9 / experts, one=True),
         TokenGate(experts, absolute=True, temperature=0.7),
+        *([TokenGate(experts, "adaptive", threshold=1 / experts, bias=0.2)] if experts < MAX_EXPERTS else []),
     )
     for rule in rules:
         plain = random_adapter((ODD,), {"o": expert.numel()}, torch.float32, generator)
@@ -160,9 +171,14 @@ def test_every_number_of_experts_with_unequal_ranks(experts: int, backend: str) 
 
 def test_the_bound_notices_a_wrong_expert() -> None:
     """Guards the other tests: the smallest mistakes a gate could make are far outside of the bound."""
+    top_2, adaptive = TokenGate(4, "top_k", k=2), TokenGate(4, "adaptive", threshold=0.25, bias=0.1)
+    check_mistakes(top_2, TokenGate(4, "top_k", k=3), TokenGate(4, "top_k", k=2, eps=1e-3))
+    check_mistakes(adaptive, replace(adaptive, bias=0.11), replace(adaptive, renormalise=False))
+
+
+def check_mistakes(rule: TokenGate, *other_rules: TokenGate) -> None:
     generator = torch.Generator().manual_seed(0)
     which, lengths = np.array([0], np.int32), np.array([5], np.int32)
-    rule = TokenGate(4, "top_k", k=2)
     w = mixed(random_adapter((ODD,), {"o": 64}, torch.float32, generator), {"o": rule}, generator)["o"]
     x, y = clear(ODD, [{"o": w}], which, lengths, 5, torch.float32, generator)
     want = exact(ODD, [{"o": w}], which, lengths, x, y)
@@ -171,8 +187,7 @@ def test_the_bound_notices_a_wrong_expert() -> None:
     moved[0] = (moved[0] + 1) % 4
     for wrong in (
         w._replace(expert=moved),
-        w._replace(gate=TokenGate(4, "top_k", k=3)),
-        w._replace(gate=TokenGate(4, "top_k", k=2, eps=1e-3)),
+        *(w._replace(gate=other) for other in other_rules),
         w._replace(router=w.router.roll(1, 0)),
     ):
         pool = make(specs=(ODD,))
@@ -288,7 +303,7 @@ def test_a_token_that_selects_no_expert_gets_nothing(backend: str, one: bool) ->
 
 
 def test_bytes_are_the_weights_routers_and_experts_plus_less_than_a_line_per_array() -> None:
-    pool, gates = make(), {"q": TokenGate(8), "o": TokenGate(3)}
+    pool, gates = make(), {"q": TokenGate(8), "o": TokenGate(2, "adaptive", threshold=0.5)}
     ranks = {"q": 16, "k": 4, "o": 5}
     exactly = 4 * ((20 + 8) * 96 + 20 + 20 + 16 * 160 + 4 * 33) + 4 * ((5 + 3) * 259 + 5 + 5 + 5 * 129)
     needed = pool.bytes_for(ranks, gates)

@@ -15,7 +15,7 @@ SPECS = (SiteSpec("qkv", ("q", "k", "v"), 48, (64, 33, 32)), SiteSpec("o", ("o",
 RANKS = ({"q": 8, "v": 3, "o": 12}, {"k": 5, "o": 4}, {"q": 6})
 GATES = (
     {"q": TokenGate(4, "top_k", k=2), "v": TokenGate(3, absolute=True), "o": TokenGate(4, "top_k", k=2)},
-    {"o": TokenGate(16, "threshold", threshold=0.1)},
+    {"o": TokenGate(15, "adaptive", threshold=0.1)},
     {},
 )
 

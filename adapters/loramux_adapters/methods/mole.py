@@ -7,7 +7,8 @@
     y_t = W0 x_t + Σ_e g_e · (α/r) · B_e · A_e · x_t
 
 A_e [r, d_in], B_e [d_out, r], W_g [E, d_in], w_τ [1, d_in], b_τ [1]; a router per site that reads the site's own input.
-τ_max is `max_threshold`, 1/E if that is null. The data plane does not run the adaptive threshold yet.
+τ_max is `max_threshold`, 1/E if that is null. w_τ is one more row of the router where it is served, so that E is at
+most 15 for ADAMOLE and 16 for MOLE.
 
 Names and fields are those of the authors' code (zefang-liu/AdaMoLE, read at 3b05d4a): `lora_A.{e}.weight`,
 `lora_B.{e}.weight`, `lora_gating.weight`, `lora_threshold.{weight,bias}`, `lora_rank`, `num_experts`. Its files repeat
@@ -65,7 +66,6 @@ class Mole:
             Layout("MoLE", "zefang-liu/AdaMoLE", ("MOLE",), keys=r".+\.(lora_gating|moe_layer)\..+"),
             Layout("AdaMoLE", "zefang-liu/AdaMoLE", ("ADAMOLE",), keys=r".+\.lora_threshold\..+"),
         ),
-        serve="MoLE; AdaMoLE's adaptive threshold is not run yet",
         router="token",
     )
 

@@ -11,12 +11,13 @@ from loramux_kernels.gates import TokenGate
 
 
 def probabilities(rule: TokenGate, logits: Tensor) -> Tensor:
-    """`p_TE`: what the gate selects from."""
-    return torch.softmax((logits.abs() if rule.absolute else logits) / rule.temperature, 1)
+    """`p_TE`: what the gate selects from. A logit of the threshold is left out."""
+    scores = logits[:, : rule.experts]
+    return torch.softmax((scores.abs() if rule.absolute else scores) / rule.temperature, 1)
 
 
 def gate(rule: TokenGate, logits: Tensor) -> Tensor:
-    """Weight of each expert or group for `logits_TE`; dtype of the logits. Definition: `gates.py`."""
+    """Weight of each expert or group for these logits, a row per token; dtype of the logits. Definition: `gates.py`."""
     g = _expert_weights(rule, logits)
     return g @ members(rule.groups, rule.experts).to(g) if rule.groups else g
 
@@ -33,6 +34,10 @@ def _expert_weights(rule: TokenGate, logits: Tensor) -> Tensor:
         selected = torch.ones_like(p, dtype=torch.bool)
     elif rule.select == "threshold":
         selected = p >= rule.threshold
+    elif rule.select == "adaptive":
+        tau = rule.threshold * torch.sigmoid(logits[:, rule.experts :] + rule.bias)
+        selected = p >= tau
+        p = p - tau
     else:
         # [T, E, E]: whether expert e' (last axis) comes before expert e.
         mine, other = p.unsqueeze(2), p.unsqueeze(1)

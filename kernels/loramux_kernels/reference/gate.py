@@ -9,8 +9,9 @@ from loramux_kernels.gates import TokenGate
 
 
 def gate(rule: TokenGate, logits: Tensor) -> Tensor:
-    """Weight of each expert, or of each group, for a token with these `logits` [E], in their dtype."""
-    scores = (logits.abs() if rule.absolute else logits) / rule.temperature
+    """Weight of each expert, or of each group, for a token with these `logits`, in their dtype."""
+    scores = logits[: rule.experts]
+    scores = (scores.abs() if rule.absolute else scores) / rule.temperature
     p = torch.softmax(scores, 0)
     ranked = sorted(range(rule.experts), key=lambda e: (-float(p[e]), e))
     if rule.select == "top_k":
@@ -19,10 +20,16 @@ def gate(rule: TokenGate, logits: Tensor) -> Tensor:
         ranked = [e for place, e in enumerate(ranked) if p[ranked[:place]].sum() < rule.p]
     elif rule.select == "threshold":
         ranked = [e for e in ranked if p[e] >= rule.threshold]
+    elif rule.select == "adaptive":
+        tau = rule.threshold * torch.sigmoid(logits[rule.experts] + rule.bias)
+        ranked = [e for e in ranked if p[e] >= tau]
+        p = p - tau
     g = torch.zeros_like(p)
-    if ranked:
-        total = p[ranked].sum() + rule.eps if rule.renormalise else 1
-        g[ranked] = torch.ones_like(p[ranked]) if rule.one else p[ranked] / total
+    if rule.one:
+        g[ranked] = 1
+    # Experts just at their threshold are selected and weigh nothing.
+    elif (total := p[ranked].sum()) > 0:
+        g[ranked] = p[ranked] / (total + rule.eps if rule.renormalise else 1)
     if not rule.groups:
         return g
     return torch.stack([g[[e for e in range(rule.experts) if group >> e & 1]].sum() for group in rule.groups])

@@ -23,7 +23,7 @@ from loramux_kernels.plan import TILE_FIELDS
 from loramux_kernels.sites import TABLE_HEAD, TABLE_PART, Site
 from loramux_kernels.trace import TRACE_TOKENS
 from loramux_kernels.triton.config import INTERPRETED, config, units
-from loramux_kernels.triton.gate import gate, logits
+from loramux_kernels.triton.gate import gate, logit_count, logits
 
 _SIZES = ["table_stride", "h_stride", "y_units", "tokens", "first_gate"]
 
@@ -115,11 +115,12 @@ def expand_kernel(
             scaled = _scaled(h_rows + first_r, plane, scales, r, mt, mr, SPLITS, BT, BR)
             acc = _product(acc, scaled, w, UPCAST)
     else:
-        scores = logits(experts, h_rows + tl.load(part + 4), plane, mt, SPLITS, BT, EXPERTS)
+        count = logit_count(part + 5, experts)
+        scores = logits(count, h_rows + tl.load(part + 4), plane, mt, SPLITS, BT, EXPERTS)
         if (first_o == 0) & (tl.load(trace_flag) != 0):
             e = tl.arange(0, EXPERTS)[None, :]
             kept = trace + (first_gate + tl.load(block)).to(tl.int64) * (TRACED * EXPERTS) + t[:, None] * EXPERTS + e
-            tl.store(kept, scores, mask=(mt & (t < TRACED))[:, None] & (e < experts))
+            tl.store(kept, scores, mask=(mt & (t < TRACED))[:, None] & (e < count))
         g = gate(part + 5, experts, scores, BT, EXPERTS)
         # What any token of the tile takes of each expert: rows of B that none takes are not read.
         taken = tl.max(tl.where(mt[:, None], g, 0.0), 0)

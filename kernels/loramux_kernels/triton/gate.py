@@ -12,6 +12,8 @@ ABSOLUTE = tl.constexpr(gates.ABSOLUTE)
 RENORMALISE = tl.constexpr(gates.RENORMALISE)
 ONE = tl.constexpr(gates.ONE)
 GROUPED = tl.constexpr(gates.GROUPED)
+ADAPTIVE = tl.constexpr(gates.ADAPTIVE)
+GROUPS_AT = tl.constexpr(gates.GROUPS_AT)
 GROUPS_PER_WORD = tl.constexpr(gates.GROUPS_PER_WORD)
 
 
@@ -21,15 +23,21 @@ def _real(bits):
 
 
 @triton.jit
-def logits(experts, h_rows, plane, mt, SPLITS: tl.constexpr, BT: tl.constexpr, EXPERTS: tl.constexpr):
-    """Router logits [BT, EXPERTS], zero beyond `experts`.
+def logit_count(rule, experts):
+    """One per expert, and one for an adaptive threshold."""
+    return experts + ((tl.load(rule + 1).to(tl.int32) & ADAPTIVE) != 0).to(tl.int32)
+
+
+@triton.jit
+def logits(count, h_rows, plane, mt, SPLITS: tl.constexpr, BT: tl.constexpr, EXPERTS: tl.constexpr):
+    """Router logits [BT, EXPERTS], zero beyond `count`.
 
     `h_rows` [BT, 1]: where each token's logits begin · `plane`: elements between the pieces of a logit · `mt` [BT]:
     which tokens there are.
     """
     e = tl.arange(0, EXPERTS)[None, :]
     # What the shrink did not write may hold anything: it is replaced, never multiplied.
-    live = mt[:, None] & (e < experts)
+    live = mt[:, None] & (e < count)
     scores = tl.zeros((BT, EXPERTS), tl.float32)
     for split in tl.static_range(SPLITS):
         scores += tl.load(h_rows + split * plane + e, mask=live, other=0.0)
@@ -44,6 +52,13 @@ def gate(rule, experts, scores, BT: tl.constexpr, EXPERTS: tl.constexpr):
     p_sum, threshold, eps, temperature = _real(rule + 2), _real(rule + 3), _real(rule + 4), _real(rule + 5)
     e = tl.arange(0, EXPERTS)[None, :]
     real = e < experts
+    # What p must reach, and what is taken off it.
+    least = tl.zeros((BT, 1), tl.float32) + threshold
+    taken_off = tl.zeros((BT, 1), tl.float32)
+    if (flags & ADAPTIVE) != 0:
+        own = tl.sum(tl.where(e == experts, scores, 0.0), 1)[:, None] + _real(rule + 6)
+        least *= tl.div_rn(taken_off + 1.0, 1.0 + tl.exp(-own))
+        taken_off = least
     scores = tl.where((flags & ABSOLUTE) != 0, tl.abs(scores), scores)
     scores = tl.where(real, tl.div_rn(scores, temperature), -float("inf"))
     p = tl.exp(scores - tl.max(scores, 1)[:, None])
@@ -57,14 +72,14 @@ def gate(rule, experts, scores, BT: tl.constexpr, EXPERTS: tl.constexpr):
         before = (p_other > p) | ((p_other == p) & (other < e))
         place += before.to(tl.int32)
         mass += tl.where(before, p_other, 0.0)
-    selected = real & (place < k) & (mass < p_sum) & (p >= threshold)
-    g = tl.where(selected, p, 0.0)
+    selected = real & (place < k) & (mass < p_sum) & (p >= least)
+    g = tl.where(selected, p - taken_off, 0.0)
     total = tl.sum(g, 1)[:, None]
     divisor = tl.where(((flags & RENORMALISE) != 0) & (total > 0), total + eps, 1.0)
     g = tl.where((flags & ONE) != 0, selected.to(tl.float32), g / divisor)
     if (flags & GROUPED) != 0:
         group = tl.arange(0, EXPERTS)
-        experts_of = tl.load(rule + 6 + group // GROUPS_PER_WORD) >> (group % GROUPS_PER_WORD * 16)
+        experts_of = tl.load(rule + GROUPS_AT + group // GROUPS_PER_WORD) >> (group % GROUPS_PER_WORD * 16)
         total_of = tl.zeros((BT, EXPERTS), tl.float32)
         for expert in range(experts):
             g_expert = tl.sum(tl.where(e == expert, g, 0.0), 1)[:, None]

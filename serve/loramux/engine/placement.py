@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from loramux_adapters import Gate, LoweredSite
-from loramux_adapters.token_gates import row_owners
+from loramux_adapters.token_gates import router_rows, row_owners
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ def pool_arrays(
     router = expert = mag = bias = None
     if site.gate is not None:
         gate = gates[site.gate]
-        router, expert = staged(gate.weights), row_owners(gate, site)
+        router, expert = staged(router_rows(gate)), row_owners(gate, site)
     if site.magnitude is not None:
         mag = staged(site.magnitude, torch.float32)
     if site.shifts(base_bias is not None):

@@ -40,7 +40,7 @@ class Decisions:
     def add(self, routed: Routed, rows: np.ndarray) -> None:
         """Count the decisions for these of the routed rows."""
         kept = routed.logits[:, torch.from_numpy(np.flatnonzero(np.isin(routed.rows, rows)))]
-        logits = kept.reshape(-1, routed.rule.experts)
+        logits = kept.reshape(-1, routed.rule.logits)
         g, p = gate(routed.rule, logits), probabilities(routed.rule, logits)
         total = g.sum(1, keepdim=True)
         share = torch.where(total > 0, g / total, 0)

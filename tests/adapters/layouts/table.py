@@ -131,7 +131,7 @@ SAMPLES = (
         foreign={"threshold": 2},
     ),
     _sample(
-        "mole", "AdaMoLE (zefang-liu/AdaMoLE)", mole, config={"peft_type": "ADAMOLE"}, served=False, rank="lora_rank",
+        "mole", "AdaMoLE (zefang-liu/AdaMoLE)", mole, config={"peft_type": "ADAMOLE"}, rank="lora_rank",
         spare=_REPEATED, foreign={"threshold": 0.2, "top_k": 2, "max_threshold": 2},
     ),
     _sample("sira", "SiRA (loramux)", sira, foreign={**_SELECTED, "capacity": "auto"}),

@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux_adapters import BaseModel, check_servable, lower
+from loramux_adapters.applied import AppliedSite
 from loramux_adapters.artefact import digest_of
 from loramux_adapters.errors import AdapterUnsupportedFeature
 from loramux_adapters.files import unsafe_pickle
+from loramux_adapters.token_gates import router_rows, row_owners, token_gate
+from loramux_kernels.cpu.gate import gate as kernel_gate
 
 from ..checkpoints import BASE, write_adapter
 from ..form import logits, site_delta
@@ -74,15 +77,45 @@ def test_all_spellings_mean_the_same(tmp_path):
     assert digest_of(lower(write_adapter(tmp_path / "stated", stated, tensors), BASE)) == digest
 
 
-@pytest.mark.parametrize(("gate", "served"), [("top_k", True), ("threshold", True), ("adaptive", False)])
-def test_what_is_served(tmp_path, gate, served):
+@pytest.mark.parametrize("gate", GATES)
+def test_the_data_plane_computes_the_formula(tmp_path, gate):
+    """In its own gate and with its own router, and in float64: `tests/kernels` holds its kernels to that."""
     config = make_config(**GATES[gate])
-    adapter = lower(write_adapter(tmp_path, config, make_tensors(config)), BASE)
-    if served:
-        return check_servable(adapter)
-    with pytest.raises(AdapterUnsupportedFeature) as refusal:
-        check_servable(adapter)
-    assert (refusal.value.field or "").endswith(".select")
+    tensors = make_tensors(config)
+    adapter = lower(write_adapter(tmp_path, config, tensors), BASE)
+    check_servable(adapter)
+    for module, site in adapter.sites.items():
+        rule = adapter.gates[site.gate]
+        x = torch.randn(20, site.a.shape[1], generator=torch.Generator().manual_seed(1)).double()
+        g = kernel_gate(token_gate(rule, site), x @ router_rows(rule).double().T)[:, row_owners(rule, site).long()]
+        found = (x @ site.a.double().T * site.scale.double() * g) @ site.b.double()
+        torch.testing.assert_close(found, delta(config, tensors, module, x), rtol=1e-9, atol=1e-10)
+
+
+def test_a_threshold_of_its_own_is_one_expert_less(tmp_path):
+    for number, served in ((15, True), (16, False)):
+        config = make_config(**GATES["adaptive"], num_experts=number)
+        adapter = lower(write_adapter(tmp_path / str(number), config, make_tensors(config)), BASE)
+        if served:
+            check_servable(adapter)
+            continue
+        with pytest.raises(AdapterUnsupportedFeature, match="16 experts are more than 15") as refusal:
+            check_servable(adapter)
+        assert (refusal.value.field or "").endswith(".weights")
+
+
+def test_a_token_below_its_threshold_gets_nothing(tmp_path):
+    """τ_max may be above 1/E: then a token may reach it with no expert."""
+    config = make_config(**GATES["adaptive"] | {"max_threshold": 1.0})
+    tensors = make_tensors(config)
+    for name, tensor in tensors.items():
+        if name.endswith("lora_threshold.bias"):
+            tensor.fill_(50)
+    adapter = lower(write_adapter(tmp_path, config, tensors), BASE)
+    for module, site in adapter.sites.items():
+        x = torch.randn(5, site.a.shape[1], generator=torch.Generator().manual_seed(1))
+        assert not site_delta(site, adapter.gates, x).any() and not delta(config, tensors, module, x).any()
+        assert not AppliedSite(site, adapter.gates[site.gate]).delta(x).any()
 
 
 def test_the_command_of_the_hint_converts_the_pickle_that_it_saves(tmp_path, monkeypatch):

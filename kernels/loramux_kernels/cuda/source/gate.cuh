@@ -5,7 +5,7 @@
 
 namespace loramux {
 
-enum GateFlags { ABSOLUTE = 1, RENORMALISE = 2, ONE = 4, GROUPED = 8 };  // gates.py
+enum GateFlags { ABSOLUTE = 1, RENORMALISE = 2, ONE = 4, GROUPED = 8, ADAPTIVE = 16 };  // gates.py
 
 // Where a step's router logits are kept when somebody asks (trace.py), or null.
 struct TraceRows {
@@ -25,8 +25,8 @@ __device__ __forceinline__ float over_token(float v, bool largest) {
 }
 
 // Weights into gates[token][expert] of `TOKENS` tokens, of which `count` exist, by a team of `TEAM` threads of which this
-// is `thread`; returns a bit per expert or group that any token of this warp takes. `logit(id, expert)` reads the
-// score of the token whose row of h is `id`; `ids`: the tokens' rows.
+// is `thread`; returns a bit per expert or group that any token of this warp takes. `logit(id, n)` reads the
+// n-th logit of the token whose row of h is `id`; `ids`: the tokens' rows.
 template <int TOKENS, int TEAM, typename Logit>
 __device__ u32 gate(const i64* rule, int experts, const Logit& logit, const int* ids, int count, int thread,
                     float (*gates)[MAX_EXPERTS], TraceRows trace) {
@@ -34,6 +34,8 @@ __device__ u32 gate(const i64* rule, int experts, const Logit& logit, const int*
   const int k = static_cast<int>(rule[0]), flags = static_cast<int>(rule[1]);
   const float p_sum = __int_as_float(static_cast<int>(rule[2])), threshold = __int_as_float(static_cast<int>(rule[3]));
   const float eps = __int_as_float(static_cast<int>(rule[4])), temperature = __int_as_float(static_cast<int>(rule[5]));
+  const float bias = __int_as_float(static_cast<int>(rule[6]));
+  const int logits = experts + (flags & ADAPTIVE ? 1 : 0);
   const float infinity = __int_as_float(0x7f800000);
   const int lane = threadIdx.x % WARP, first = lane % GATE_LANES * MINE;
   u32 taken = 0;
@@ -41,14 +43,15 @@ __device__ u32 gate(const i64* rule, int experts, const Logit& logit, const int*
   for (int token = thread / GATE_LANES; token < TOKENS; token += TEAM / GATE_LANES) {
     const bool real = token < count;
     const int id = real ? __ldg(ids + token) : 0;
-    float p[MINE], largest = -infinity, sum = 0;
+    float p[MINE], largest = -infinity, sum = 0, own = 0;
 #pragma unroll
     for (int j = 0; j < MINE; ++j) {
       const int e = first + j;
-      const bool live = real && e < experts;
+      const bool live = real && e < logits;
       // What the shrink did not write may hold anything: it is replaced, never multiplied.
       const float score = live ? logit(id, e) : 0.f;
       if (trace.logits != nullptr && live && id < trace.tokens) trace.logits[id * MAX_EXPERTS + e] = score;
+      own += e == experts ? score : 0.f;
       p[j] = e < experts ? __fdiv_rn(flags & ABSOLUTE ? fabsf(score) : score, temperature) : -infinity;
       largest = fmaxf(largest, p[j]);
     }
@@ -73,10 +76,17 @@ __device__ u32 gate(const i64* rule, int experts, const Logit& logit, const int*
         mass[j] += before ? other : 0.f;
       }
     }
+    // What p must reach, and what is taken off it: for an adaptive gate the threshold of this token.
+    float least = threshold, taken_off = 0;
+    if (flags & ADAPTIVE) {
+      own = over_token(own, false) + bias;
+      taken_off = least = threshold * __fdiv_rn(1.f, 1.f + expf(-own));
+    }
     bool selected[MINE];
 #pragma unroll
     for (int j = 0; j < MINE; ++j) {
-      selected[j] = first + j < experts && place[j] < k && mass[j] < p_sum && p[j] >= threshold;
+      selected[j] = first + j < experts && place[j] < k && mass[j] < p_sum && p[j] >= least;
+      p[j] -= taken_off;
       total += selected[j] ? p[j] : 0.f;
     }
     total = over_token(total, false);
@@ -94,7 +104,7 @@ __device__ u32 gate(const i64* rule, int experts, const Logit& logit, const int*
 #pragma unroll
         for (int j = 0; j < MINE; ++j) {
           const int group = first + j;
-          of_group[j] += rule[6 + group / 4] >> (group % 4 * 16 + o) & 1 ? other : 0.f;
+          of_group[j] += rule[LORAMUX_GATE_GROUPS + group / 4] >> (group % 4 * 16 + o) & 1 ? other : 0.f;
         }
       }
 #pragma unroll
