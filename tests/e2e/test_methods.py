@@ -90,13 +90,12 @@ def test_every_adapter_changes_the_answer(engine: Any, served: dict[str, Served]
         assert difference(row.alone, plain) > 10 * TOLERANCE, name
 
 
-@pytest.mark.parametrize("order", range(2))
-def test_all_in_one_batch_equal_the_references(engine: Any, served: dict[str, Served], order: int) -> None:
-    """With two rows of the base among them, in two orders."""
+def test_all_in_one_batch_equal_the_references(engine: Any, served: dict[str, Served]) -> None:
+    """With two rows of the base among them, in another order than they were loaded."""
     base = served["lora"].prompt
     rows = [(name, row.prompt, row.source, row.expected) for name, row in served.items()]
     rows += [("base", base, None, engine.greedy([(base, None)])[0])] * 2
-    random.Random(order).shuffle(rows)
+    random.Random(0).shuffle(rows)
     answers = engine.greedy([(prompt, source) for _, prompt, source, _ in rows])
     for (name, _, _, expected), answer in zip(rows, answers, strict=True):
         assert_equal(answer, expected, f"{name} in a mixed batch")
