@@ -217,8 +217,8 @@ class AdapterPool:
 
         A module reserved with a gate, and no other, needs `router_EI`, a row per logit of the gate, and `expert_R`:
         which expert, or group of experts, each rank row belongs to. Likewise one reserved with mag or bias needs
-        `mag_O` or `bias_O`. Converts to the pool's dtypes. Raises UnknownModule, UnknownSlot, WrongShape, or ValueError for an
-        array too many or too few and for experts that do not exist, before it copies anything.
+        `mag_O` or `bias_O`. Converts to the pool's dtypes. Raises UnknownModule, UnknownSlot, WrongShape, or
+        ValueError for an array too many or too few and for experts that do not exist, before it copies anything.
         """
         i, j = self._find(module)
         resident = self._resident(slot)
