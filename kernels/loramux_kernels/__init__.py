@@ -18,15 +18,20 @@ from loramux_kernels.errors import (
     WrongShape,
 )
 from loramux_kernels.gates import MAX_EXPERTS, TokenGate
+from loramux_kernels.geometry import Geometry, Layouts
 from loramux_kernels.ops.expand import expand
 from loramux_kernels.ops.shrink import shrink
 from loramux_kernels.pool import AdapterPool
 from loramux_kernels.sites import SiteSpec
+from loramux_kernels.weights import Memory
 
 __all__ = [
     "MAX_EXPERTS",
     "AdapterPool",
+    "Geometry",
     "KernelError",
+    "Layouts",
+    "Memory",
     "NotWritten",
     "PoolFull",
     "RankTooLarge",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
+from collections.abc import Sequence
 
 ALIGNMENT = 128
 """Bytes. One cache line of an H100, and enough for every vector load of every dtype."""
@@ -50,6 +52,23 @@ class Extents:
             self.free -= size
             return offset
         return None
+
+    def take_all(self, sizes: Sequence[int]) -> list[int] | None:
+        """An offset for each size, in one range if one is long enough; None, and nothing taken, if they do not fit."""
+        starts = [0, *itertools.accumulate(map(aligned, sizes))]
+        if (whole := self.take(starts[-1]) if sizes else None) is not None:
+            del self._taken[whole]
+            offsets = [whole + start for start in starts[:-1]]
+            self._taken.update((offset, aligned(size)) for offset, size in zip(offsets, sizes, strict=True))
+            return offsets
+        offsets = []
+        for size in sizes:
+            if (offset := self.take(size)) is None:
+                for taken in offsets:
+                    self.give(taken)
+                return None
+            offsets.append(offset)
+        return offsets
 
     def give(self, offset: int) -> None:
         """Free the range that `take` returned. KeyError if there is none at that offset."""

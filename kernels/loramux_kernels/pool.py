@@ -1,18 +1,21 @@
 """The adapter pool: rank rows of every resident adapter in one arena of bytes, and who is where.
 
-A slot goes through reserve → write each module → publish → (served) → release. Until `publish` no step can see it;
-after `release` a step that still names it treats those rows as base rows.
+A slot goes through reserve → write each module, or the image piece by piece → publish → (served) → release. Until
+`publish` no step can see it; after `release` a step that still names it treats those rows as base rows.
 
-Threads: `write` may run in a thread of its own; everything else belongs to the thread that runs the steps.
+Threads: everything belongs to the thread that runs the steps. What takes long can be done elsewhere, in another
+process too: `geometry` makes the layouts that `reserve_laid_out` takes, and with them an *image* is put together: the
+extents of the adapter's sites one behind the other, byte for byte as they will lie in the arena.
 Streams: copies run on the caller's current CUDA stream. A caller that writes on another stream than the steps' one
-makes the latter wait before `publish`, and waits for the running steps before it writes what `release` freed.
+has its copies run before `publish`, and lets that stream wait after `reserve` for the steps that were issued before:
+they may read what a `release` has freed.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -20,15 +23,15 @@ from torch import Tensor
 
 from loramux_kernels import backends
 from loramux_kernels.arena import Extents
-from loramux_kernels.errors import NotWritten, PoolFull, RankTooLarge, UnknownModule, UnknownSlot, WrongShape
-from loramux_kernels.gates import TokenGate, check_experts
+from loramux_kernels.errors import NotWritten, PoolFull, UnknownSlot
+from loramux_kernels.gates import TokenGate
+from loramux_kernels.geometry import NO_GATES, Geometry, Layouts
 from loramux_kernels.layout import Layout, Part
 from loramux_kernels.ops.shrink import h_shape
 from loramux_kernels.plan import Ints, Plan
-from loramux_kernels.sites import TABLE_HEAD, TABLE_PART, Site, SiteSpec, SlotWeights, accumulator
+from loramux_kernels.sites import TABLE_HEAD, TABLE_PART, Site, SiteSpec, accumulator
 from loramux_kernels.trace import Trace, Traced
-
-NO_GATES: Mapping[str, TokenGate] = MappingProxyType({})
+from loramux_kernels.weights import Memory, SlotWeights
 
 
 @dataclass
@@ -37,13 +40,17 @@ class _Piece:
 
     offset: int
     layout: Layout
-    weights: SlotWeights
+    weights: SlotWeights | None = None
 
 
 @dataclass
 class _Resident:
+    """An adapter in the arena: its extents by site, and what is still to come."""
+
     pieces: dict[int, _Piece]
-    unwritten: set[str]
+    missing: dict[int, set[int]]  # site -> its slices without weights
+    image: deque[int]  # sites whose bytes are still to come, if they come as an image
+    begun: int = 0  # bytes of the first of these that have come
     published: bool = False
 
 
@@ -72,13 +79,14 @@ class AdapterPool:
         if min(slots, max_rank, max_tokens, max_requests) < 1:
             raise ValueError("slots, max_rank, max_tokens and max_requests must be positive")
         self.device = torch.device(device)
+        self.geometry = Geometry(tuple(sites), dtype, max_rank)
         self.dtype = dtype
         self.slots = slots
-        self.max_rank = max_rank
         self.max_tokens = max_tokens
         self._backend = backends.select(backend, self.device, dtype)
         self._extents = Extents(capacity_bytes)
         self._arena = torch.empty(self._extents.capacity, dtype=torch.uint8, device=self.device)
+        self._memory = Memory.of(self._arena, dtype)
         self._plan = Plan(
             slots=slots,
             max_requests=max_requests,
@@ -97,8 +105,7 @@ class AdapterPool:
                 spec,
                 max_rank=max_rank,
                 slots=slots,
-                arena=self._arena,
-                dtype=dtype,
+                arena=self._memory,
                 table=self._table[:, int(self._columns[i]) : int(self._columns[i + 1])],
                 plan=self._plan,
                 trace=self._trace,
@@ -107,11 +114,9 @@ class AdapterPool:
             )
             for i, spec in enumerate(sites)
         ]
-        self._where = {m: (i, j) for i, spec in enumerate(sites) for j, m in enumerate(spec.modules)}
-        if len(self._where) != sum(len(s.modules) for s in sites):
-            raise ValueError("a module appears in two sites")
         self.site_ids: list[Tensor] = [s.id for s in self._sites]
         self._residents: dict[int, _Resident] = {}
+        self._rows: dict[int, Tensor] = {}  # on the host: what the table will say of reserved slots
         self._published = np.zeros(slots, dtype=bool)
         self._batch: tuple[bytes, bytes] | None = None
 
@@ -167,7 +172,7 @@ class AdapterPool:
         bias: Collection[str] = (),
     ) -> int:
         """Exact bytes, alignment included, that an adapter takes; arguments as of `reserve`."""
-        return sum(layout.nbytes for layout in self._layouts(ranks, gates, mag, bias).values())
+        return sum(layout.nbytes for layout in self.geometry.layouts(ranks, gates, mag=mag, bias=bias).values())
 
     def reserve(
         self,
@@ -183,21 +188,27 @@ class AdapterPool:
         `mag` multiply the base linear's output, modules in `bias` add to it; they need no rank.
         Raises PoolFull, UnknownModule, RankTooLarge, or ValueError for a gate without rank; then nothing has changed.
         """
-        layouts = self._layouts(ranks, gates, mag, bias)
-        needed = sum(layout.nbytes for layout in layouts.values())
-        if not self.free_slots or needed > self.free_bytes:
-            raise self._full(needed)
-        offsets: dict[int, int] = {}
-        for i, layout in layouts.items():
-            offset = self._extents.take(layout.nbytes)
-            if offset is None:
-                for taken in offsets.values():
-                    self._extents.give(taken)
-                raise self._full(needed)
-            offsets[i] = offset
+        return self.reserve_laid_out(self.geometry.layouts(ranks, gates, mag=mag, bias=bias))
+
+    def reserve_laid_out(self, layouts: Layouts) -> int:
+        """`reserve` for layouts that this pool's geometry has made. Raises PoolFull; then nothing has changed."""
+        sizes = [layout.nbytes for layout in layouts.values()]
+        offsets = self._extents.take_all(sizes) if self.free_slots and sum(sizes) <= self.free_bytes else None
+        if offsets is None:
+            raise PoolFull(
+                needed_bytes=sum(sizes),
+                free_bytes=self.free_bytes,
+                largest_free_bytes=self._extents.largest_free,
+                free_slots=self.free_slots,
+            )
         slot = next(s for s in range(self.slots) if s not in self._residents)
-        pieces = {i: _Piece(offsets[i], lay, self._sites[i].views(offsets[i], lay)) for i, lay in layouts.items()}
-        self._residents[slot] = _Resident(pieces, {m for m, rank in ranks.items() if rank}.union(mag, bias))
+        self._residents[slot] = _Resident(
+            pieces={i: _Piece(offset, lay) for (i, lay), offset in zip(layouts.items(), offsets, strict=True)},
+            missing={i: {j for j, part in enumerate(lay.parts) if part != Part()} for i, lay in layouts.items()},
+            image=deque(layouts),
+        )
+        # Of torch's caching host allocator, which hands it out again only after the copy that reads it has run.
+        self._rows[slot] = torch.zeros(self._table.shape[1], dtype=torch.int64, pin_memory=self._table.is_cuda)
         return slot
 
     def write(
@@ -220,49 +231,45 @@ class AdapterPool:
         `mag_O` or `bias_O`. Converts to the pool's dtypes. Raises UnknownModule, UnknownSlot, WrongShape, or
         ValueError for an array too many or too few and for experts that do not exist, before it copies anything.
         """
-        i, j = self._find(module)
+        i, j = self.geometry.find(module)
         resident = self._resident(slot)
         piece = resident.pieces.get(i)
         if piece is None or piece.layout.parts[j] == Part() or resident.published:
             raise UnknownSlot(slot, module)
-        part = piece.weights.slices[j]
-        copies = {
-            "a": (a, piece.weights.a[part.rows]),
-            "b": (b, part.b),
-            "scale": (scale, piece.weights.scale[part.rows]),
-        }
-        for name, tensor, target in (
-            ("router", router, piece.weights.a[part.gate.logits] if part.gate else None),
-            ("expert", expert, part.gate.expert if part.gate else None),
-            ("mag", mag, part.mag),
-            ("bias", bias, part.bias),
-        ):
-            if tensor is not None and target is not None:
-                copies[name] = (tensor, target)
-            elif tensor is not None or target is not None:
-                raise ValueError(f"module {module}: {name} reserved: {target is not None}, given: {tensor is not None}")
-        for name, (tensor, target) in copies.items():
-            if tensor.shape != target.shape:
-                raise WrongShape(module, name, tuple(tensor.shape), tuple(target.shape))
-        if part.gate is not None and expert is not None:
-            check_experts(module, expert, part.gate.rule.weights)
-        for tensor, target in copies.values():
-            target.copy_(tensor, non_blocking=tensor.is_pinned())
-        resident.unwritten.discard(module)
-        return sum(target.nbytes for _, target in copies.values())
+        copied = self._weights(i, piece).fill(j, module, a, b, scale, router=router, expert=expert, mag=mag, bias=bias)
+        resident.missing[i].discard(j)
+        if not resident.missing[i]:
+            self._describe(slot, i)
+        return copied
+
+    def write_image(self, slot: int, image: Tensor) -> None:
+        """Copy the next bytes of a reservation's image (uint8, of any number). Nothing in them is checked.
+
+        Raises UnknownSlot, or ValueError beyond the image's end.
+        """
+        resident = self._resident(slot)
+        while image.numel():
+            if resident.published or not resident.image:
+                raise ValueError(f"slot {slot}: {image.numel()} bytes more than its image has")
+            i = resident.image[0]
+            piece = resident.pieces[i]
+            count = min(image.numel(), piece.layout.nbytes - resident.begun)
+            at = piece.offset + resident.begun
+            self._arena[at : at + count].copy_(image[:count], non_blocking=True)
+            image = image[count:]
+            resident.begun += count
+            if resident.begun == piece.layout.nbytes:
+                resident.image.popleft()
+                resident.begun = 0
+                resident.missing[i].clear()
+                self._describe(slot, i)
 
     def publish(self, slot: int) -> None:
         """Make a written slot visible to steps. Raises NotWritten if a reserved module has no weights yet."""
         resident = self._resident(slot)
-        if resident.unwritten:
-            raise NotWritten(slot, tuple(sorted(resident.unwritten)))
-        row = torch.zeros(self._table.shape[1], dtype=torch.int64, pin_memory=self._table.is_cuda)
-        entries = row.numpy()
-        for i, piece in resident.pieces.items():
-            columns = slice(self._columns[i], self._columns[i + 1])
-            entries[columns] = self._sites[i].table_row(piece.offset, piece.layout)
-            self._sites[i].slots[slot] = piece.weights
-        self._table[slot].copy_(row, non_blocking=True)
+        if missing := [self.geometry.sites[i].modules[j] for i, slices in resident.missing.items() for j in slices]:
+            raise NotWritten(slot, tuple(sorted(missing)))
+        self._table[slot].copy_(self._rows.pop(slot), non_blocking=True)
         resident.published = True
         self._published[slot] = True
         self._batch = None
@@ -274,6 +281,7 @@ class AdapterPool:
             self._sites[i].slots[slot] = None
             self._extents.give(piece.offset)
         del self._residents[slot]
+        self._rows.pop(slot, None)
         self._published[slot] = False
         self._batch = None
 
@@ -327,45 +335,21 @@ class AdapterPool:
                     found.setdefault(part.gate.router, []).append(self._sites[i].first_gate + j)
         return found
 
-    def _find(self, module: str) -> tuple[int, int]:
-        try:
-            return self._where[module]
-        except KeyError:
-            raise UnknownModule(module) from None
+    def _weights(self, site: int, piece: _Piece) -> SlotWeights:
+        if piece.weights is None:
+            piece.weights = self._memory.at(self.geometry.sites[site], piece.offset, piece.layout)
+        return piece.weights
+
+    def _describe(self, slot: int, site: int) -> None:
+        """Prepare what steps will read about a site whose bytes have all come."""
+        piece = self._residents[slot].pieces[site]
+        columns = slice(self._columns[site], self._columns[site + 1])
+        self._rows[slot].numpy()[columns] = self._sites[site].table_row(piece.offset, piece.layout)
+        if not self._backend.tiled:
+            self._sites[site].slots[slot] = self._weights(site, piece)
 
     def _resident(self, slot: int) -> _Resident:
         try:
             return self._residents[slot]
         except KeyError:
             raise UnknownSlot(slot) from None
-
-    def _full(self, needed: int) -> PoolFull:
-        return PoolFull(
-            needed_bytes=needed,
-            free_bytes=self.free_bytes,
-            largest_free_bytes=self._extents.largest_free,
-            free_slots=self.free_slots,
-        )
-
-    def _layouts(
-        self,
-        ranks: Mapping[str, int],
-        gates: Mapping[str, TokenGate],
-        mag: Collection[str],
-        bias: Collection[str],
-    ) -> dict[int, Layout]:
-        """Layout per touched site index."""
-        by_site: dict[int, list[Part]] = {}
-        for module in dict.fromkeys((*ranks, *gates, *mag, *bias)):
-            i, j = self._find(module)
-            part = Part(ranks.get(module, 0), gates.get(module), module in mag, module in bias)
-            if part.rank > self.max_rank:
-                raise RankTooLarge(module, part.rank, self.max_rank)
-            if part.rank < 0:
-                raise ValueError(f"module {module}: rank {part.rank}")
-            if part.gate and not part.rank:
-                raise ValueError(f"module {module}: a gate, but no rank")
-            if part != Part():
-                by_site.setdefault(i, [Part()] * len(self._sites[i].spec.d_outs))[j] = part
-        specs, item = {i: self._sites[i].spec for i in sorted(by_site)}, self.dtype.itemsize
-        return {i: Layout.of(spec.d_in, spec.d_outs, tuple(by_site[i]), item) for i, spec in specs.items()}

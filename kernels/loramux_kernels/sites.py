@@ -7,20 +7,21 @@ E experts of one slice.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from loramux_kernels.gates import GATE_FIELDS, MAX_EXPERTS, TokenGate
+from loramux_kernels.gates import GATE_FIELDS, MAX_EXPERTS
 from loramux_kernels.layout import WORD, Layout
 
 if TYPE_CHECKING:
     from loramux_kernels.backends import Backend
     from loramux_kernels.plan import Plan
     from loramux_kernels.trace import Trace
+    from loramux_kernels.weights import Memory, SlotWeights
 
 TABLE_HEAD = 4
 TABLE_PART = 5 + GATE_FIELDS + 2
@@ -51,49 +52,6 @@ class SiteSpec:
             raise ValueError(f"site {self.name}: sizes must be positive")
 
 
-@dataclass(frozen=True)
-class SliceGate:
-    """A slice's gate, the columns of h (and rows of A) that hold its router, and its int32 `expert_R` (or group)."""
-
-    rule: TokenGate
-    logits: slice
-    expert: Tensor
-
-
-@dataclass(frozen=True)
-class SliceWeights:
-    """Slice `index` of an adapter at a site: rows of h and A, columns of y, B transposed `b_RO`, and where it has
-    them float32 `mag_O` and `bias_O`."""
-
-    index: int
-    rows: slice
-    cols: slice
-    b: Tensor
-    gate: SliceGate | None = None
-    mag: Tensor | None = None
-    bias: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.b.shape[0]
-
-
-@dataclass(frozen=True)
-class SlotWeights:
-    """One adapter at one site, as views of the arena: `a` (the R rank rows, then router rows) with I columns,
-    float32 `scale_R`, and its slices in order."""
-
-    a: Tensor
-    scale: Tensor
-    slices: tuple[SliceWeights, ...]
-    live: tuple[SliceWeights, ...] = field(init=False)
-    """The slices that change anything."""
-
-    def __post_init__(self) -> None:
-        live = (s for s in self.slices if s.rank or s.mag is not None or s.bias is not None)
-        object.__setattr__(self, "live", tuple(live))
-
-
 class Site:
     """A site inside a pool: what a backend reads when the op runs.
 
@@ -111,8 +69,7 @@ class Site:
         *,
         max_rank: int,
         slots: int,
-        arena: Tensor,
-        dtype: torch.dtype,
+        arena: Memory,
         table: Tensor,
         plan: Plan,
         trace: Trace,
@@ -122,10 +79,8 @@ class Site:
         self.spec = spec
         self.max_rank = max_rank
         self.rows = (max_rank + MAX_EXPERTS) * len(spec.d_outs)
-        self.dtype = dtype
-        self.weights = arena.view(dtype)
-        self.floats = arena.view(torch.float32)
-        self.ints = arena.view(torch.int32)
+        self.dtype = arena.weights.dtype
+        self.weights, self.floats, self.ints = arena.weights, arena.floats, arena.ints
         self.table = table
         self.plan = plan
         self.trace = trace
@@ -134,33 +89,6 @@ class Site:
         self.slots: list[SlotWeights | None] = [None] * slots
         self.id = torch.tensor(next(_ids), dtype=torch.int64)
         _sites[int(self.id)] = self
-
-    def views(self, offset: int, layout: Layout) -> SlotWeights:
-        """The arrays of an adapter whose extent begins at byte `offset`."""
-        item, total, d_in = self.dtype.itemsize, layout.rank_rows, self.spec.d_in
-        a = self.weights.as_strided((layout.rows, d_in), (d_in, 1), offset // item)
-        scale = self._words(self.floats, offset + layout.scale, total)
-        slices: list[SliceWeights] = []
-        row = col = 0
-        for j, (part, d_out) in enumerate(zip(layout.parts, self.spec.d_outs, strict=True)):
-            b = self.weights.as_strided((part.rank, d_out), (d_out, 1), (offset + layout.b[j]) // item)
-            gate = None
-            if part.gate:
-                first = layout.logits[j]
-                expert = self._words(self.ints, offset + layout.expert + row * WORD, part.rank)
-                gate = SliceGate(part.gate, slice(first, first + part.gate.logits), expert)
-            mag, bias = (
-                None if at is None else self._words(self.floats, offset + at, d_out)
-                for at in (layout.mag[j], layout.bias[j])
-            )
-            rows, cols = slice(row, row + part.rank), slice(col, col + d_out)
-            slices.append(SliceWeights(j, rows, cols, b, gate, mag, bias))
-            row, col = rows.stop, cols.stop
-        return SlotWeights(a, scale, tuple(slices))
-
-    @staticmethod
-    def _words(arena: Tensor, offset: int, count: int) -> Tensor:
-        return arena.as_strided((count,), (1,), offset // WORD)
 
     def table_row(self, offset: int, layout: Layout) -> list[int]:
         """What `table` holds for that adapter."""

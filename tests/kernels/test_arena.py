@@ -43,6 +43,33 @@ def test_extents_never_overlap_and_everything_comes_back(steps: list[int]) -> No
     assert extents.take(extents.capacity) == 0
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 9 * ALIGNMENT), max_size=12),
+    st.sets(st.integers(0, 11)),
+    st.lists(st.integers(1, 6 * ALIGNMENT), max_size=8),
+)
+def test_many_extents_are_taken_together_or_not_at_all(before: list[int], freed: set[int], sizes: list[int]) -> None:
+    extents, one_by_one = Extents(CAPACITY), Extents(CAPACITY)
+    for book in (extents, one_by_one):
+        for i, offset in enumerate([book.take(n) for n in before]):
+            if offset is not None and i in freed:
+                book.give(offset)
+    state, largest = (extents.used, extents.largest_free), extents.largest_free
+    offsets = extents.take_all(sizes)
+    if offsets is None:
+        assert (extents.used, extents.largest_free) == state
+        assert None in [one_by_one.take(n) for n in sizes]
+        return
+    lengths = [aligned(n) for n in sizes]
+    assert extents.used == state[0] + sum(lengths)
+    if sizes and sum(lengths) <= largest:
+        assert offsets == [offsets[0] + start for start in itertools.accumulate(lengths[:-1], initial=0)]
+    for offset in offsets:
+        extents.give(offset)
+    assert (extents.used, extents.largest_free) == state
+
+
 def test_an_extent_is_freed_once() -> None:
     extents = Extents(CAPACITY)
     offset = extents.take(1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 import loramux_kernels as lk
 from loramux_kernels import AdapterPool, SiteSpec, TokenGate
 from loramux_kernels.sites import lookup
-from loramux_kernels.testing import load, random_adapter
+from loramux_kernels.testing import Weights, load, mixed, random_adapter, with_outputs
 
 SPECS = (SiteSpec("l0.qkv", ("q", "k", "v"), 24, (32, 8, 8)), SiteSpec("l0.o", ("o",), 32, (24,)))
 RANKS = st.dictionaries(st.sampled_from("qkvo"), st.integers(0, 12), min_size=1)
@@ -183,6 +185,80 @@ def test_weights_must_fit_the_reservation(generator: torch.Generator) -> None:
         pool.publish(slot)
     assert pool.write(slot, "q", w.a, w.b, w.scale) == 4 * (w.a.numel() + w.b.numel() + 4)
     pool.publish(slot)
+
+
+def image_of(pool: AdapterPool, adapter: Mapping[str, Weights]) -> tuple[lk.Layouts, torch.Tensor]:
+    """An adapter laid out beside the pool, with what another process would have of it."""
+    geometry = pickle.loads(pickle.dumps(pool.geometry))
+    gates = {m: w.gate for m, w in adapter.items() if w.gate is not None}
+    mag, bias = ({m for m, w in adapter.items() if getattr(w, name) is not None} for name in ("mag", "bias"))
+    layouts = geometry.layouts({m: w.a.shape[0] for m, w in adapter.items()}, gates, mag=mag, bias=bias)
+    image = torch.zeros(sum(layout.nbytes for layout in layouts.values()), dtype=torch.uint8)
+    starts = itertools.accumulate((layout.nbytes for layout in layouts.values()), initial=0)
+    for (i, layout), start in zip(layouts.items(), starts, strict=False):
+        views = lk.Memory.of(image, geometry.dtype).at(geometry.sites[i], start, layout)
+        for module in set(geometry.sites[i].modules) & adapter.keys():
+            w = adapter[module]
+            rest = {"router": w.router, "expert": w.expert, "mag": w.mag, "bias": w.bias}
+            views.fill(geometry.find(module)[1], module, w.a, w.b, w.scale, **rest)
+    return pickle.loads(pickle.dumps(layouts)), image
+
+
+@pytest.mark.parametrize("cut", [1, 130, 4096, 10**6])
+@pytest.mark.parametrize("apart", [False, True])
+def test_an_image_in_any_pieces_is_the_adapter_written_by_module(
+    cut: int, apart: bool, generator: torch.Generator
+) -> None:
+    adapter = random_adapter(SPECS, {"q": 6, "v": 8, "o": 2}, torch.float32, generator)
+    adapter = mixed(adapter, {"q": lk.TokenGate(3, "top_k", k=2)}, generator)
+    adapter = with_outputs(adapter, {"v"}, {"o"}, generator)
+    other, x = make(), torch.randn(TOKENS, 24, generator=generator)
+    want = run(other, [load(other, adapter)], [TOKENS], x)
+    layouts, image = image_of(other, adapter)
+    pool = make(capacity_bytes=image.numel() + other.bytes_for({"k": 1}))
+    if apart:  # the only room is a hole as long as the first site, and another as long as the second
+        hole = pool.reserve_laid_out({0: layouts[0]})
+        pool.reserve({"k": 1})
+        pool.release(hole)
+    before = state(pool)
+    slot = pool.reserve_laid_out(layouts)
+    with pytest.raises(lk.NotWritten):
+        pool.publish(slot)
+    for piece in image[:-1].split(cut):
+        pool.write_image(slot, piece)
+    with pytest.raises(lk.NotWritten):
+        pool.publish(slot)
+    assert not run(pool, [slot], [TOKENS], x).any()
+    pool.write_image(slot, image[-1:])
+    with pytest.raises(ValueError, match="1 bytes more"):
+        pool.write_image(slot, image[:1])
+    pool.publish(slot)
+    assert torch.equal(run(pool, [slot], [TOKENS], x), want)
+    with pytest.raises(ValueError, match="1 bytes more"):
+        pool.write_image(slot, image[:1])
+    pool.release(slot)
+    assert state(pool) == before
+
+
+def test_layouts_that_do_not_fit_change_nothing() -> None:
+    pool = make()
+    layouts = pool.geometry.layouts({"q": 12, "o": 12})
+    needed = sum(layout.nbytes for layout in layouts.values())
+    assert needed == pool.bytes_for({"q": 12, "o": 12})
+    while pool.free_bytes >= needed:
+        pool.reserve_laid_out(layouts)
+    before = state(pool)
+    with pytest.raises(lk.PoolFull) as caught:
+        pool.reserve_laid_out(layouts)
+    assert caught.value.needed_bytes == needed and state(pool) == before
+
+
+def test_layers_that_are_alike_share_a_layout() -> None:
+    """What an adapter says about its sites is small, however many there are."""
+    specs = tuple(SiteSpec(f"l{i}.o", (f"l{i}.o",), 32, (24,)) for i in range(100))
+    layouts = lk.Geometry(specs, torch.bfloat16, 16).layouts({f"l{i}.o": 4 + (i == 7) for i in range(100)})
+    assert len({id(layout) for layout in layouts.values()}) == 2
+    assert len(pickle.dumps(layouts)) < 2000
 
 
 def test_writing_converts_to_the_pools_dtype(generator: torch.Generator) -> None:

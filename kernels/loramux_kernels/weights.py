@@ -1,0 +1,145 @@
+"""The arrays of one adapter at one site, as views of the memory that its layout describes.
+
+That memory is the pool's arena, or any other: what is laid out elsewhere is copied into the arena byte by byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from loramux_kernels.errors import WrongShape
+from loramux_kernels.gates import TokenGate, check_experts
+from loramux_kernels.layout import WORD, Layout
+
+if TYPE_CHECKING:
+    from loramux_kernels.sites import SiteSpec
+
+
+@dataclass(frozen=True)
+class SliceGate:
+    """A slice's gate, the columns of h (and rows of A) that hold its router, and its int32 `expert_R` (or group)."""
+
+    rule: TokenGate
+    logits: slice
+    expert: Tensor
+
+
+@dataclass(frozen=True)
+class SliceWeights:
+    """Slice `index` of an adapter at a site: rows of h and A, columns of y, B transposed `b_RO`, and where it has
+    them float32 `mag_O` and `bias_O`."""
+
+    index: int
+    rows: slice
+    cols: slice
+    b: Tensor
+    gate: SliceGate | None = None
+    mag: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[0]
+
+
+@dataclass(frozen=True)
+class SlotWeights:
+    """One adapter at one site: `a` (the R rank rows, then router rows) with I columns, float32 `scale_R`, and its
+    slices in order."""
+
+    a: Tensor
+    scale: Tensor
+    slices: tuple[SliceWeights, ...]
+    live: tuple[SliceWeights, ...] = field(init=False)
+    """The slices that change anything."""
+
+    def __post_init__(self) -> None:
+        live = (s for s in self.slices if s.rank or s.mag is not None or s.bias is not None)
+        object.__setattr__(self, "live", tuple(live))
+
+    def fill(
+        self,
+        index: int,
+        module: str,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        *,
+        router: Tensor | None = None,
+        expert: Tensor | None = None,
+        mag: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> int:
+        """Copy the arrays of slice `index`, whose linear is `module`, converting dtypes; returns bytes copied.
+
+        Raises WrongShape, or ValueError for an array too many or too few and for experts that do not exist, before
+        it copies anything.
+        """
+        part = self.slices[index]
+        copies = {
+            "a": (a, self.a[part.rows]),
+            "b": (b, part.b),
+            "scale": (scale, self.scale[part.rows]),
+        }
+        for name, tensor, target in (
+            ("router", router, self.a[part.gate.logits] if part.gate else None),
+            ("expert", expert, part.gate.expert if part.gate else None),
+            ("mag", mag, part.mag),
+            ("bias", bias, part.bias),
+        ):
+            if tensor is not None and target is not None:
+                copies[name] = (tensor, target)
+            elif tensor is not None or target is not None:
+                raise ValueError(f"module {module}: {name} reserved: {target is not None}, given: {tensor is not None}")
+        for name, (tensor, target) in copies.items():
+            if tensor.shape != target.shape:
+                raise WrongShape(module, name, tuple(tensor.shape), tuple(target.shape))
+        if part.gate is not None and expert is not None:
+            check_experts(module, expert, part.gate.rule.weights)
+        for tensor, target in copies.values():
+            target.copy_(tensor, non_blocking=tensor.is_pinned())
+        return sum(target.nbytes for _, target in copies.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The same bytes as the pool's dtype, as float32 and as int32."""
+
+    weights: Tensor
+    floats: Tensor
+    ints: Tensor
+
+    @classmethod
+    def of(cls, memory: Tensor, dtype: torch.dtype) -> Memory:
+        return cls(memory.view(dtype), memory.view(torch.float32), memory.view(torch.int32))
+
+    def at(self, site: SiteSpec, offset: int, layout: Layout) -> SlotWeights:
+        """The arrays of an adapter at `site`, whose extent begins at byte `offset`."""
+        item, total, d_in = self.weights.itemsize, layout.rank_rows, site.d_in
+        a = self.weights.as_strided((layout.rows, d_in), (d_in, 1), offset // item)
+        scale = _words(self.floats, offset + layout.scale, total)
+        slices: list[SliceWeights] = []
+        row = col = 0
+        for j, (part, d_out) in enumerate(zip(layout.parts, site.d_outs, strict=True)):
+            b = self.weights.as_strided((part.rank, d_out), (d_out, 1), (offset + layout.b[j]) // item)
+            gate = None
+            if part.gate:
+                first = layout.logits[j]
+                expert = _words(self.ints, offset + layout.expert + row * WORD, part.rank)
+                gate = SliceGate(part.gate, slice(first, first + part.gate.logits), expert)
+            mag, bias = (
+                None if at is None else _words(self.floats, offset + at, d_out)
+                for at in (layout.mag[j], layout.bias[j])
+            )
+            rows, cols = slice(row, row + part.rank), slice(col, col + d_out)
+            slices.append(SliceWeights(j, rows, cols, b, gate, mag, bias))
+            row, col = rows.stop, cols.stop
+        return SlotWeights(a, scale, tuple(slices))
+
+
+def _words(words: Tensor, offset: int, count: int) -> Tensor:
+    return words.as_strided((count,), (1,), offset // WORD)
