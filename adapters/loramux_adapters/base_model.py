@@ -44,15 +44,16 @@ class BaseModel:
 
     def row_blocks(self, module: str) -> Iterator[torch.Tensor]:
         """W0 of a linear layer: its rows in order, in blocks [n, d_in] float64. Raises AdapterUnsupportedFeature."""
-        yield from self._weights(f"{module}.weight").row_blocks(module, self.linears[module], module in self.transposed)
+        yield from self.stored(f"{module}.weight").row_blocks(module, self.linears[module], module in self.transposed)
 
     def bias(self, module: str) -> torch.Tensor | None:
         """The bias [d_out] of a linear layer, if it has one. Raises AdapterUnsupportedFeature."""
         if module not in self.biased:
             return None
-        return self._weights(f"{module}.bias").bias(module, self.linears[module][1])
+        return self.stored(f"{module}.bias").bias(module, self.linears[module][1])
 
-    def _weights(self, name: str) -> BaseWeights:
+    def stored(self, name: str) -> BaseWeights:
+        """The checkpoint. Raises AdapterUnsupportedFeature with this tensor's name if there is none."""
         if self.weights is None:
             raise AdapterUnsupportedFeature(
                 f"What the adapter computes depends on the weights of {self.name}, which are not at hand.",

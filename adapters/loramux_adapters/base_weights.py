@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from loramux_adapters.errors import AdapterUnsupportedFeature, shown
 
 BLOCK_ELEMENTS = 1 << 22
 """Of W0 in float64 at a time: 32 MiB."""
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+MODEL_FILES = _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _FP8 = torch.float8_e4m3fn
 _HINT = "Serve the adapter on its base model in float or FP8 safetensors, or merged into it."
@@ -34,8 +35,25 @@ class BaseWeights:
     Every method raises AdapterUnsupportedFeature, with the tensor's name as its field, for what is not there.
     """
 
-    def __init__(self, source: str | Path) -> None:
-        self._source = str(source)
+    def __init__(self, source: str | Path, *, whose: str = "base model", hint: str = _HINT) -> None:
+        self._source, self._whose, self._hint = str(source), whose, hint
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors, as the files have them."""
+        return self._files.keys()
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor of any kind as it is stored, some rows at a time."""
+        with self._opened(name) as file:
+            tensor = file.get_slice(name)
+            shape = tensor.get_shape()
+            if not shape:
+                yield file.get_tensor(name)
+                return
+            step = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
+            for begin in range(0, max(1, shape[0]), step):
+                yield tensor[begin : begin + step]
 
     def row_blocks(self, module: str, widths: tuple[int, int], transposed: bool = False) -> Iterator[torch.Tensor]:
         """W0 of a module with `widths` (d_in, d_out): its rows in order, in blocks [n, d_in] float64.
@@ -48,14 +66,14 @@ class BaseWeights:
         with self._opened(name) as file:
             weight = file.get_slice(self._key(name))
             if tuple(weight.get_shape()) != ((d_in, d_out) if transposed else (d_out, d_in)):
-                raise _refused(name, f"has shape {tuple(weight.get_shape())}, not that of its layer")
+                raise self._refused(name, f"has shape {tuple(weight.get_shape())}, not that of its layer")
             step = max(1, BLOCK_ELEMENTS // d_in)
             for begin in range(0, d_out, step):
                 rows = slice(begin, min(begin + step, d_out))
                 block = weight[:, rows].T if transposed else weight[rows]
                 if block.dtype != _FP8 if scales else block.dtype not in _FLOATS:
                     how = "with" if scales else "without"
-                    raise _refused(name, f"is stored as {_spelled(block.dtype)} {how} scales, which is not read")
+                    raise self._refused(name, f"is stored as {_spelled(block.dtype)} {how} scales, which is not read")
                 yield block.double() if scales is None else block.double() * scales.rows(rows)
 
     def bias(self, module: str, d_out: int) -> torch.Tensor:
@@ -64,7 +82,7 @@ class BaseWeights:
         with self._opened(name) as file:
             bias = file.get_tensor(self._key(name))
         if bias.shape != (d_out,) or bias.dtype not in _FLOATS:
-            raise _refused(name, f"has shape {tuple(bias.shape)} and dtype {_spelled(bias.dtype)}")
+            raise self._refused(name, f"has shape {tuple(bias.shape)} and dtype {_spelled(bias.dtype)}")
         return torch.as_tensor(bias)
 
     def identity(self) -> str:
@@ -87,7 +105,7 @@ class BaseWeights:
             return Path(snapshot_download(self._source, local_files_only=True))
         except (OSError, ValueError) as error:
             raise AdapterUnsupportedFeature(
-                f"The weights of the base model {shown(self._source)} are not on this machine.",
+                f"The weights of the {self._whose} {shown(self._source)} are not on this machine.",
                 hint=f"The adapter cannot be lowered without them. Download them: hf download {self._source}",
                 field="weight",
             ) from error
@@ -102,8 +120,8 @@ class BaseWeights:
                 return dict.fromkeys(file.keys(), _SINGLE)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise AdapterUnsupportedFeature(
-                f"The base model's folder has no {_SINGLE} and no {_INDEX} that can be read.",
-                hint=_HINT,
+                f"The {self._whose}'s folder has no {_SINGLE} and no {_INDEX} that can be read.",
+                hint=self._hint,
                 field=_SINGLE,
             ) from error
 
@@ -124,7 +142,7 @@ class BaseWeights:
 
     def _key(self, name: str) -> str:
         if (key := self._find(name)) is None:
-            raise _refused(name, "is not in its files")
+            raise self._refused(name, "is not in its files")
         return key
 
     def _opened(self, name: str) -> Any:
@@ -132,7 +150,7 @@ class BaseWeights:
         try:
             return safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise _refused(name, f"cannot be read: {error}") from error
+            raise self._refused(name, f"cannot be read: {error}") from error
 
     def _scales(self, module: str, d_in: int, d_out: int) -> _Scales | None:
         for name, block in (
@@ -141,8 +159,15 @@ class BaseWeights:
         ):
             if (key := self._find(name)) is not None:
                 with self._opened(name) as file:
-                    return _Scales.of(name, file.get_tensor(key), block, (d_out, d_in))
+                    values = file.get_tensor(key)
+                scales = _Scales.of(values, block, (d_out, d_in))
+                if scales is None:
+                    raise self._refused(name, f"has shape {tuple(values.shape)}, which fits no known quantisation")
+                return scales
         return None
+
+    def _refused(self, name: str, reason: str) -> AdapterUnsupportedFeature:
+        return AdapterUnsupportedFeature(f"The {self._whose}'s {shown(name)} {reason}.", hint=self._hint, field=name)
 
 
 class _Scales:
@@ -152,24 +177,21 @@ class _Scales:
         self._values, self._block, self._d_in = values, block, d_in
 
     @classmethod
-    def of(cls, name: str, values: torch.Tensor, block: tuple[int, int], shape: tuple[int, int]) -> _Scales:
+    def of(cls, values: torch.Tensor, block: tuple[int, int], shape: tuple[int, int]) -> _Scales | None:
+        """None if they are not those of a known quantisation."""
         if values.numel() == 1:
             values, block = values.reshape(1, 1), shape
         elif values.ndim == 1:
             values = values[:, None]
         expected = tuple(-(-length // size) if size else -1 for length, size in zip(shape, block, strict=True))
         if tuple(values.shape) != expected or not values.is_floating_point():
-            raise _refused(name, f"has shape {tuple(values.shape)}, which fits no known quantisation")
+            return None
         return cls(values.double(), block, shape[1])
 
     def rows(self, rows: slice) -> torch.Tensor:
         """The factors of these rows, [n, d_in] or broadcast to it."""
         index = torch.arange(rows.start, rows.stop) // self._block[0]
         return self._values[index].repeat_interleave(self._block[1], dim=1)[:, : self._d_in]
-
-
-def _refused(name: str, reason: str) -> AdapterUnsupportedFeature:
-    return AdapterUnsupportedFeature(f"The base model's {shown(name)} {reason}.", hint=_HINT, field=name)
 
 
 def _spelled(dtype: torch.dtype) -> str:

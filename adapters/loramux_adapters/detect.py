@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any
 
 from loramux_adapters.abilities import Layout
+from loramux_adapters.base_weights import MODEL_FILES
 from loramux_adapters.errors import (
     AdapterError,
     AdapterMissingTensor,
@@ -39,6 +40,12 @@ def find_method(folder: AdapterFolder) -> Method[Any]:
         raise AdapterNotFound(
             f"Its tensors are named as in {_either(owners)}, but there is no {CONFIG_FILE}.",
             hint=f"Write one as it was in training; {_signs(owners)}. adapters/README.md lists the fields.",
+            field=CONFIG_FILE,
+        )
+    if not folder.has(CONFIG_FILE) and any(folder.has(name) for name in MODEL_FILES):
+        raise AdapterNotFound(
+            "The folder holds a whole model and no adapter.",
+            hint="If it is a base with an adapter merged into it, `loramux adapters extract` makes an adapter of that.",
             field=CONFIG_FILE,
         )
     peft_type = folder.read_json(CONFIG_FILE).get("peft_type")

@@ -5,8 +5,8 @@ boosters of XGBLoRA.
 
 A link may leave out layers (XGBLoRA trains a random few in each round). Lowered by stacking the ranks of all links.
 
-In training each link is merged into the base model before the next begins; what is read here are the links, kept. If
-only the merged weights were kept, there is no adapter to read. No public code saves links (RAC-LoRA's,
+In training each link is merged into the base model before the next begins; what is read here are the links, kept. Of
+merged weights alone `loramux adapters extract` makes an adapter (`extract.py`). No public code saves links (RAC-LoRA's,
 hammoudhasan/RACLora read at 52899e3, is for MNIST and multiplies by α, not α/r: give α·r as `lora_alpha`), so the
 format is ours: an adapter_config.json with `peft_type` "CHAIN", or "COLA", "RACLORA" or "XGBLORA", which mean the
 same, and either

@@ -15,7 +15,7 @@ usage: loramux COMMAND [options]
 
   serve [BASE]     serve a base model and its adapters    (loramux serve --help)
   adapters CMD     those of a server: ls, show, add, rm, pin, unpin, rollback; those here: check, compose, compact,
-                   methods
+                   extract, methods
   chat [MODEL]     talk to a server's models
   doctor           what is installed, what would go wrong, and what to do about it
   prepare [BASE]   fetch and convert a base model, and tell where it is

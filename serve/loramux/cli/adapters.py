@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from loramux.cli.compact import main as compact
 
         return compact(argv[1:])
+    if argv[:1] == ["extract"]:
+        from loramux.cli.extract import main as extract
+
+        return extract(argv[1:])
     options = _parser().parse_args(argv)
     if options.command in ("check", "methods") or (options.command == "show" and _is_local(options)):
         from loramux.cli import adapter_files  # torch takes 2 s to import, and the others need none of it
@@ -90,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     commands.add_parser("compose", help="make one adapter out of several: loramux adapters compose --help")
     commands.add_parser("compact", help="make an adapter smaller: loramux adapters compact --help")
+    commands.add_parser("extract", help="make an adapter out of merged weights: loramux adapters extract --help")
     command("methods", "list the kinds of adapters and what each can do", server=False)
     return parser
 

@@ -38,6 +38,14 @@ def read_layers(place: str | Path, name: str) -> BaseModel:
         ) from error
 
 
+def check_out(path: Path, *, force: bool) -> None:
+    """Raises ConfigError where a native file cannot be written without more words."""
+    if path.exists() and not force:
+        raise ConfigError(f"There is a file {path} already.", hint="Name another, or overwrite it with --force.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"There is no folder {path.parent}.", hint="Make it, or name another.")
+
+
 def native_path(text: str) -> Path:
     """The type of an argument that names a native file to write."""
     path = Path(text)

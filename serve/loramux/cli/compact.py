@@ -9,7 +9,7 @@ from typing import Any
 
 from loramux.bases import DEFAULT_BASE, prepare_base
 from loramux.cli import compact_report
-from loramux.cli.base import load_base, native_path
+from loramux.cli.base import check_out, load_base, native_path
 from loramux.console import say
 from loramux.errors import ConfigError, LoramuxError
 from loramux_adapters import AdapterError, lower
@@ -45,10 +45,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         grouping=options.grouping,
         similarity=options.similarity,
     )
-    if options.out.exists() and not options.force:
-        raise ConfigError(f"There is a file {options.out} already.", hint="Name another, or overwrite it with --force.")
-    if not options.out.parent.is_dir():
-        raise ConfigError(f"There is no folder {options.out.parent}.", hint="Make it, or name another.")
+    check_out(options.out, force=options.force)
     base = load_base(options.base)
     adapter = lower(options.path, base)
     check_compactable(adapter)
