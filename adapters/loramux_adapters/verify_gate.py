@@ -43,23 +43,28 @@ def check_expert_map(name: str, gate: Gate) -> None:
         groups = max(groups, group + 1)
 
 
+def _float32(value: float) -> float:
+    """The number as gates compute with it."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
 def _broken_rules(gate: Gate) -> Iterator[tuple[str, str]]:
     yield from _misplaced(gate)
     if gate.source not in _SOURCES[gate.kind]:
         yield "source", f"is {gate.source}, which a gate of kind {gate.kind} does not read"
     if gate.k is not None and not 1 <= gate.k <= gate.scored:
         yield "k", f"is {gate.k}, not 1 to {gate.scored} (the number of experts)"
-    if gate.p is not None and not 0 < gate.p <= 1:
+    if gate.p is not None and not 0 < _float32(gate.p) <= 1:
         yield "p", f"is {gate.p}, not above 0 and at most 1"
-    if gate.threshold is not None and not math.isfinite(gate.threshold):
-        yield "threshold", "is not finite"
-    if gate.tau_max is not None and not 0 < gate.tau_max < math.inf:
+    if gate.threshold is not None and not math.isfinite(_float32(gate.threshold)):
+        yield "threshold", f"is {gate.threshold}, not finite"
+    if gate.tau_max is not None and not 0 < _float32(gate.tau_max) < math.inf:
         yield "tau_max", f"is {gate.tau_max}, not positive and finite"
-    if not 0 < gate.temperature < math.inf:
+    if not 0 < _float32(gate.temperature) < math.inf:
         yield "temperature", f"is {gate.temperature}, not positive and finite"
-    if not 0 <= gate.eps < math.inf:
+    if not 0 <= _float32(gate.eps) < math.inf:
         yield "eps", f"is {gate.eps}, not finite and at least 0"
-    if not 0 < gate.pre_eps < math.inf:
+    if not 0 < _float32(gate.pre_eps) < math.inf:
         yield "pre_eps", f"is {gate.pre_eps}, not positive and finite"
     if gate.capacity is not None and gate.capacity.tokens < 1:
         yield "capacity.tokens", f"is {gate.capacity.tokens}, not at least 1"

@@ -37,6 +37,7 @@ def refused(adapter: LoweredAdapter) -> tuple[str, str | None]:
 
 INVALID, SHAPE = "adapter_config_invalid", "adapter_shape_mismatch"
 LAYER = {"kind": GateKind.PROMPT, "source": GateSource.LAYER_INPUT}
+ADAPTIVE: Any = {"adaptive_weight": torch.ones(24), "adaptive_bias": torch.ones(1)}
 TASK = {"kind": GateKind.TASK, "source": GateSource.NONE}
 
 
@@ -60,6 +61,10 @@ TASK = {"kind": GateKind.TASK, "source": GateSource.NONE}
         (make_gate(select=Select.THRESHOLD), INVALID, "gates.q.threshold"),
         (make_gate(select=Select.THRESHOLD, threshold=float("inf")), INVALID, "gates.q.threshold"),
         (make_gate(select=Select.ADAPTIVE), INVALID, "gates.q.adaptive_weight"),
+        # What float32 makes infinite, or zero.
+        (make_gate(select=Select.ADAPTIVE, **ADAPTIVE, tau_max=1e39), INVALID, "gates.q.tau_max"),
+        (make_gate(select=Select.THRESHOLD, threshold=-1e39), INVALID, "gates.q.threshold"),
+        (make_gate(temperature=1e-60), INVALID, "gates.q.temperature"),
         (make_gate(temperature=0.0), INVALID, "gates.q.temperature"),
         (make_gate(temperature=float("nan")), INVALID, "gates.q.temperature"),
         (make_gate(eps=-1.0), INVALID, "gates.q.eps"),
