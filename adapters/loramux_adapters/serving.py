@@ -9,6 +9,7 @@ from loramux_adapters.token_gates import used_weights
 
 MAX_EXPERTS = 16
 _NORMS = (Norm.SOFTMAX, Norm.RENORM)
+_REASONS = {PreMap.LAYER_NORM: "layer_norm needs the mean and variance of x for every token, which are not computed"}
 
 
 def unserved(adapter: LoweredAdapter) -> list[str]:
@@ -52,7 +53,7 @@ def _gate_obstacles(gate: Gate) -> Iterator[tuple[str, str]]:
         ("value", (GateValue.PROBABILITY, GateValue.ONE)),
     ):
         if (value := getattr(gate, field)) not in served:
-            yield field, _question(gate) if value is GateKind.TASK else f"{value} is not run yet"
+            yield field, _question(gate) if value is GateKind.TASK else _REASONS.get(value, f"{value} is not run yet")
     for field, present in (
         ("bias", gate.bias is not None),
         ("hidden", bool(gate.hidden)),

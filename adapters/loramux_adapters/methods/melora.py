@@ -3,9 +3,10 @@
     y_t = W0 x_t + concat_i( α_i/r_i · B_i · A_i · x_t[i·w : (i+1)·w] )        w = d_in // n
 
 A_i [r_i, w], B_i [d_out/n, r_i], i = 0 … n-1: a block-diagonal ΔW of rank Σ r_i. Lowered to one LoRA of that rank,
-with zeros outside of the blocks: a [Σ r_i, d_in], b [Σ r_i, d_out]. That is exact, but n times the blocks' memory and
-work, as the form has no slices: what MELoRA saves in training is not saved in serving. The lowered size is checked
-against the limit for files.
+with zeros outside of the blocks: a [Σ r_i, d_in], b [Σ r_i, d_out]. That is exact, and costs what a LoRA of rank Σ r_i
+costs, n times the blocks' bytes and work: a warning says how much. What MELoRA saves in training is not saved in
+serving, as a rank row of the data plane reads all inputs and writes all outputs; a begin and a length of both for each
+row, in the form and in every backend, would save it. The lowered size is checked against the limit for files.
 
 Read in ChasonShi/MELoRA at 4ebb8b4 (`peft-0.5.0/src/peft/tuners/melora.py`): names `lora_A.{i}.weight`,
 `lora_B.{i}.weight`; config `peft_type: MELORA` with lists `r` and `lora_alpha` of length n. Its forward pass does not
@@ -13,7 +14,7 @@ read `mode`. Where n does not divide d_in, the inputs beyond n·w are read by no
 d_out, or an r_i is 0, the code fails: refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterConfigInvalid, AdapterError, shown
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.fold import check_lowered_size
-from loramux_adapters.lowered import LoweredAdapter
+from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_adapters.methods.lora import CONFIG_FILE, peft_config
 from loramux_adapters.mixture import summed_site
 from loramux_adapters.peft import checks, experts
@@ -86,10 +87,21 @@ class Melora:
             d_in, d_out = base.linears[module]
             b = [block.T for block in _placed([block.T for block in part["b"]], d_out)]
             sites[module] = summed_site(_placed(part["a"], d_in), b, scale)
-        return LoweredAdapter(self.name, sites, checkpoint.sites.warnings)
+        return LoweredAdapter(self.name, sites, (*checkpoint.sites.warnings, *_cost(checkpoint, sites)))
 
     def verify(self, adapter: LoweredAdapter, base: BaseModel) -> None:
         verify(adapter, base)
+
+
+def _cost(checkpoint: MeloraCheckpoint, sites: Mapping[str, LoweredSite]) -> Iterator[str]:
+    """What the zeros take, if there are any."""
+    blocks = sum(block.nbytes for part in checkpoint.sites.modules.values() for key in "ab" for block in part[key])
+    whole = sum(site.a.nbytes + site.b.nbytes for site in sites.values())
+    if (number := len(checkpoint.alphas)) > 1:
+        yield (
+            f"MELoRA's {number} blocks are served as one LoRA with zeros outside of them: {whole} bytes instead of "
+            f"{blocks}, and {number} times the work."
+        )
 
 
 def _placed(blocks: Sequence[torch.Tensor], width: int) -> list[torch.Tensor]:

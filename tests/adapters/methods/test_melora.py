@@ -35,6 +35,19 @@ def test_logits_are_those_of_the_formula(ranks, dtype, reference, tmp_path):
     assert all(site.a.dtype == site.b.dtype == dtype for site in adapter.sites.values())
 
 
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_the_cost_of_the_zeros_is_said(number, tmp_path):
+    """Where n divides both widths, n times the blocks' bytes."""
+    config = make_config(r=[3] * number, lora_alpha=[6] * number)
+    tensors = make_tensors(config)
+    blocks = sum(tensor.nbytes for tensor in tensors.values())
+    adapter = lower(write_adapter(tmp_path, config, tensors), BASE)
+    assert sum(site.a.nbytes + site.b.nbytes for site in adapter.sites.values()) == number * blocks
+    said = [warning for warning in adapter.warnings if "MELoRA" in warning]
+    assert len(said) == (number > 1)
+    assert all(f"{number * blocks} bytes instead of {blocks}, and {number} times" in warning for warning in said)
+
+
 def test_logits_are_those_of_the_formula_on_transposed_layers(reference, tmp_path):
     tiny = reference("gpt2")
     config = make_config(r=[2, 3], lora_alpha=[4, 5], target_modules=["c_attn"], fan_in_fan_out=True)
