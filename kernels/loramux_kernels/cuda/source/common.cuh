@@ -88,7 +88,7 @@ __device__ __forceinline__ void product(float (&acc)[8][MT][4], const Vector (&l
 __device__ __forceinline__ int piece(int n) { return 8 * (n / 2 + 4 * (n % 2)); }
 
 // What a slice does to the base linear's output besides adding to it: offsets of float32 arrays plus one, 0 for none.
-struct Outputs {
+struct alignas(16) Outputs {
   i64 mag, bias;
 
   __device__ __forceinline__ bool any() const { return mag != 0 || bias != 0; }

@@ -8,8 +8,8 @@ namespace loramux {
 
 // One slice of one tile's adapter.
 struct alignas(16) Handoff {
-  i64 b;                 // offset of B in the weights
   Outputs outputs;
+  i64 b;                 // offset of B in the weights
   int blocks;            // of 16 rank rows that any token takes
   int unused;
   int ids[MMA_ROWS];     // the tokens' rows of y, −1 beyond them

@@ -225,7 +225,7 @@ __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
     const Tile tile = read_tile(args.tiles, index);
     const i64* row = args.table + tile.slot * args.table_stride;
     __syncthreads();  // the last hand-over may still read the row
-    if (threadIdx.x < HEAD + PART * args.slices) shared.row[threadIdx.x] = __ldg(row + threadIdx.x);
+    if (static_cast<int>(threadIdx.x) < HEAD + PART * args.slices) shared.row[threadIdx.x] = __ldg(row + threadIdx.x);
     __syncthreads();
     const int rows = static_cast<int>(shared.row[ROWS]);
     const int units = blocks_of(rows, MMA_ROWS) * args.planes;
