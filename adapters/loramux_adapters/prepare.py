@@ -49,7 +49,11 @@ def prepare(
     `on_read` is called when nothing is left to be read. Raises AdapterError for the adapter (nothing is written
     then) and OSError for the cache.
     """
-    adapter = lower(source, base, max_bytes, on_read=on_read)
+    return keep(lower(source, base, max_bytes, on_read=on_read), base, cache)
+
+
+def keep(adapter: LoweredAdapter, base: BaseModel, cache: Path) -> Artefact:
+    """The second half of `prepare`, for an adapter that was verified."""
     check_servable(adapter)
     digest = digest_of(adapter)
     path = artefact_path(cache, digest)

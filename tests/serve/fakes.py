@@ -16,6 +16,7 @@ from typing import Any
 from loramux.errors import PoolExhausted
 from loramux.registry import Adapter, AdapterRegistry, State, Store, Version
 from loramux_adapters import AdapterSummary, Artefact
+from loramux_adapters.compose.linear import Part
 
 BASE = "tiny-base"
 #: Where no client may look: artefacts of the fakes lie here unless a test has a folder for them.
@@ -60,6 +61,28 @@ class FakePrepare:
         on_read()
         content = self.contents.get(source, source.name)
         artefact = make_artefact(content, self.cache, self.sizes.get(content, 1000))
+        if self.cache != CACHE:
+            artefact.path.write_text(content)
+        return artefact
+
+
+class FakeCompose:
+    """Makes a sum whose content tells of what, in the order in which the parts came. Runs in a thread."""
+
+    def __init__(self, cache: Path = CACHE) -> None:
+        self.cache = cache
+        self.made: list[str] = []
+        self.error: Exception | None = None
+        self.gate: threading.Event | None = None
+
+    def __call__(self, parts: Sequence[Part]) -> Artefact:
+        content = "+".join(f"{part.weight}*{part.artefact.digest}" for part in parts)
+        self.made.append(content)
+        if self.gate is not None:
+            assert self.gate.wait(10), "the test never opened the gate"
+        if self.error is not None:
+            raise self.error
+        artefact = make_artefact(hashlib.sha256(content.encode()).hexdigest(), self.cache)
         if self.cache != CACHE:
             artefact.path.write_text(content)
         return artefact
@@ -143,6 +166,7 @@ class World:
     patience_s: float = 5.0
     capacity: int = 10**6
     prepare: FakePrepare = field(default_factory=FakePrepare)
+    compose: FakeCompose = field(default_factory=FakeCompose)
     observer: Any = field(default_factory=FakeObserver)
     store: Store = field(default_factory=Store.in_memory)
 
@@ -151,6 +175,7 @@ class World:
         self.registry = AdapterRegistry(
             base=BASE,
             prepare=self.prepare,
+            compose=self.compose,
             data_plane=self.data_plane,
             observer=self.observer,
             store=self.store,

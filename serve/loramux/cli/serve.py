@@ -20,6 +20,7 @@ from loramux.plan import LISTED, SLOTS, MemoryPlan, rank_limit
 from loramux.registry import AdapterRegistry, State
 from loramux.units import format_bytes
 from loramux_adapters import prepare
+from loramux_adapters.compose.linear import compose
 
 
 def main(argv: list[str]) -> int:
@@ -96,6 +97,7 @@ def run(config: ServeConfig) -> int:
     launch = Launch(
         base=served_name,
         prepare=read,
+        compose=functools.partial(compose, base=base, cache=cache / "composed", max_rank=plan.max_rank),
         store=store,
         # What was just read is not read twice.
         adapters={name: replace(given, artefact=known.get(name)) for name, given in adapters.items()},

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
+from loramux.http.composition import answered_by
 from loramux.registry import AdapterRegistry, Version
 
 #: What this request's model name was found to mean: vLLM looks it up several times for one request.
@@ -36,6 +37,9 @@ class EngineDirectory:
     def _model_name(self, lora_request: LoRARequest | None = None) -> str:
         if lora_request is None:
             return str(self._models.base_model_paths[0].name)
+        composed = answered_by.get()
+        if composed is not None and composed.version.tag == lora_request.lora_name:
+            return composed.model
         return str(lora_request.base_model_name or lora_request.lora_name)
 
 
@@ -64,6 +68,9 @@ class _Requests(dict[str, LoRARequest]):
     def _version(self, spelling: object) -> Version | None:
         if not isinstance(spelling, str):
             return None
+        composed = answered_by.get()
+        if composed is not None and composed.version.tag == spelling:
+            return composed.version
         if (version := self._registry.lookup(spelling)) is not None:
             _found.set((spelling, version))
             return version

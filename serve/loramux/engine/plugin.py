@@ -17,7 +17,7 @@ from loramux.engine.lora_gauge import bound_lora_gauge
 from loramux.engine.names import EngineDirectory
 from loramux.http import Services, attach
 from loramux.metrics import AdapterMetrics, RoutingMetrics, RoutingWatch, instrument
-from loramux.registry import AdapterRegistry, Given, Prepare, Store
+from loramux.registry import AdapterRegistry, Compose, Given, Prepare, Store
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Launch:
 
     base: str
     prepare: Prepare
+    compose: Compose
     store: Store
     adapters: dict[str, Given]
     roots: tuple[Path, ...] = ()
@@ -53,6 +54,7 @@ class LoramuxPlugin:
             base=launch.base,
             aliases=args.served_model_name[1:],
             prepare=launch.prepare,
+            compose=launch.compose,
             data_plane=data_plane,
             observer=metrics,
             store=launch.store,

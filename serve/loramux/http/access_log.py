@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from loramux.http.asgi import App, Message, Receive, Scope, Send, request_state
+from loramux.http.composition import names_in
 from loramux.http.gate import gate_of
 from loramux.http.rules import Lifecycle, lifecycle
 
@@ -106,6 +107,7 @@ class _Exchange:
             "seconds": round(time.perf_counter() - self._began, 6),
             "bytes": self._bytes_out,
             "model": self._named.get("model"),
+            **({"adapters": self._named["adapters"]} if "adapters" in self._named else {}),
             "error": state.get("loramux_error"),
         }
 
@@ -134,8 +136,10 @@ def _names(body: bytes) -> dict[str, Any]:
         value = json.loads(body)
     except (ValueError, RecursionError):
         return {}
-    names = ("model", "lora_name") if isinstance(value, dict) else ()
-    return {name: value[name] for name in names if isinstance(value.get(name), str)}
+    if not isinstance(value, dict):
+        return {}
+    named: dict[str, Any] = {name: value[name] for name in ("model", "lora_name") if isinstance(value.get(name), str)}
+    return named | ({"adapters": parts} if (parts := names_in(value.get("adapters"))) else {})
 
 
 def _write(logger: logging.Logger, line: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from loramux.errors import AdapterNotFound, InvalidRequest, LoramuxError, RouteNotAllowed
 from loramux.http.asgi import App, Message, Receive, Scope, Send, read_body, replayed, request_state, route_path
+from loramux.http.composition import parts_in
 from loramux.http.errors import refuse
 from loramux.http.gate import gate_of
 from loramux.http.keys import Caller
@@ -34,16 +35,21 @@ class ModelAccess:
             await self.app(scope, receive, send)
             return
         try:
-            named = _place_of_model(scope)
+            named, parts = _place_of_model(scope), None
             if named is _BODY:
                 body = await read_body(receive)
                 if body is None:
                     return  # the client left
                 receive = replayed(body, receive)
-                named = model_in(body)
+                named, parts = model_in(body), parts_in(body)
             if named:
-                _check(named, gate.bases, caller)
-                send = _UniformNotFound(scope, send, named)
+                _check([named], gate.bases, caller, _not_found(named))
+            if parts is not None:
+                names = [name for name, _ in parts]
+                _check(names, gate.bases, caller, _no_such_parts(names))
+                send = _UniformNotFound(scope, send, _no_such_parts(names))
+            elif named:
+                send = _UniformNotFound(scope, send, _not_found(named))
         except LoramuxError as error:
             await refuse(scope, send, error)
             return
@@ -102,10 +108,11 @@ def adapter_of(model: str, bases: tuple[str, ...]) -> str | None:
     return name.removeprefix(prefix)
 
 
-def _check(model: str, bases: tuple[str, ...], caller: Caller) -> None:
-    adapter = adapter_of(model, bases)
-    if adapter is not None and not caller.allows(adapter):
-        raise _not_found(model)
+def _check(models: list[str], bases: tuple[str, ...], caller: Caller, error: AdapterNotFound) -> None:
+    for model in models:
+        adapter = adapter_of(model, bases)
+        if adapter is not None and not caller.allows(adapter):
+            raise error
 
 
 def _not_found(model: str) -> AdapterNotFound:
@@ -114,16 +121,25 @@ def _not_found(model: str) -> AdapterNotFound:
     )
 
 
+def _no_such_parts(names: list[str]) -> AdapterNotFound:
+    """Does not say which: all that it tells is in the request."""
+    return AdapterNotFound(
+        f"Not all of these adapters exist: {', '.join(repr(name[:64]) for name in names)}.",
+        hint="GET /v1/models lists what is served.",
+        param="adapters",
+    )
+
+
 class _UniformNotFound:
     """A send that words every 404 alike: the registry's own names close matches, which may be another tenant's."""
 
-    def __init__(self, scope: Scope, send: Send, model: str) -> None:
-        self._scope, self._send, self._model = scope, send, model
+    def __init__(self, scope: Scope, send: Send, error: AdapterNotFound) -> None:
+        self._scope, self._send, self._error = scope, send, error
         self._found = True
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] == 404:
             self._found = False
-            await refuse(self._scope, self._send, _not_found(self._model))
+            await refuse(self._scope, self._send, self._error)
         if self._found:
             await self._send(message)

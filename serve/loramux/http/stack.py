@@ -3,9 +3,10 @@
 from loramux.http.access_log import AccessLog
 from loramux.http.auth import Authentication
 from loramux.http.body_limit import BodyLimit
+from loramux.http.composition import Composition
 from loramux.http.error_shape import ErrorShape
 from loramux.http.model_access import ModelAccess
 from loramux.http.request_id import RequestId
 from loramux.http.routing import RoutingReport
 
-MIDDLEWARE = (RequestId, AccessLog, ErrorShape, Authentication, BodyLimit, ModelAccess, RoutingReport)
+MIDDLEWARE = (RequestId, AccessLog, ErrorShape, Authentication, BodyLimit, ModelAccess, Composition, RoutingReport)

@@ -4,11 +4,12 @@ registry    what the rest of the server calls        catalogue   names, and what
 entry       states, versions, adapters               changes     put, delete, roll back, pin
 reader      source to artefact                       residency   artefact to device: leases, eviction
 store       what outlives the server                 startup     what there is at the start
+compositions  weighted sums that requests ask for
 """
 
 from loramux.registry.changes import Condition
 from loramux.registry.entry import Adapter, State, Version
-from loramux.registry.protocols import DataPlane, Observer, Prepare
+from loramux.registry.protocols import Compose, DataPlane, Observer, Prepare
 from loramux.registry.reader import read_source
 from loramux.registry.registry import AdapterRegistry
 from loramux.registry.startup import Given
@@ -17,6 +18,7 @@ from loramux.registry.store import Store
 __all__ = [
     "Adapter",
     "AdapterRegistry",
+    "Compose",
     "Condition",
     "DataPlane",
     "Given",

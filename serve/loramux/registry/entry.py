@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,7 @@ class Version:
     observer: Observer
     state: State = State.KNOWN
     artefact: Artefact | None = None
+    make: Callable[[], Artefact] | None = None  # made of others instead of read from `source`; raises LoramuxError
     expected: str | None = None  # whole digest that it must turn out to have, if its artefact was lost
     error: LoramuxError | None = None  # of its last read or load
     pinned: bool = False  # never evicted to make room

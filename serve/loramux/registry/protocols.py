@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from loramux_adapters import Artefact
+from loramux_adapters.compose.linear import Part
 
 if TYPE_CHECKING:
     from loramux.registry.entry import State
@@ -17,6 +18,13 @@ class Prepare(Protocol):
 
     def __call__(self, source: Path, *, on_read: Callable[[], object] = ...) -> Artefact:
         """Calls `on_read` once everything is read. Raises AdapterError, or OSError for the cache."""
+
+
+class Compose(Protocol):
+    """Makes the weighted sum of prepared adapters; runs in a worker thread."""
+
+    def __call__(self, parts: Sequence[Part]) -> Artefact:
+        """Raises AdapterError, or OSError for the cache."""
 
 
 class DataPlane(Protocol):

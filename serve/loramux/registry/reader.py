@@ -72,7 +72,7 @@ class Reader:
             version.move(State.VERIFYING)
 
         try:
-            artefact = await asyncio.to_thread(self._work, version.source, asyncio.get_running_loop(), on_read)
+            artefact = await asyncio.to_thread(self._work, version, asyncio.get_running_loop(), on_read)
             if expected not in (None, artefact.digest):
                 raise AdapterRefused(
                     f"The prepared adapter {version.tag!r} is lost, and its source holds another one now.",
@@ -89,8 +89,14 @@ class Reader:
         version.artefact = artefact
         version.move(State.HOST)
 
-    def _work(self, source: Path, loop: asyncio.AbstractEventLoop, on_read: Callable[[], None]) -> Artefact:
-        return read_source(self._prepare, self._store, source, lambda: loop.call_soon_threadsafe(on_read))
+    def _work(self, version: Version, loop: asyncio.AbstractEventLoop, on_read: Callable[[], None]) -> Artefact:
+        def told() -> None:
+            loop.call_soon_threadsafe(on_read)
+
+        if version.make is not None:
+            told()
+            return version.make()
+        return read_source(self._prepare, self._store, version.source, told)
 
 
 def read_source(prepare: Prepare, store: Store, source: Path, on_read: Callable[[], object] = lambda: None) -> Artefact:

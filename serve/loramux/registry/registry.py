@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
-from loramux.errors import AdapterExists, AdapterLoading, AdapterNotFound
+from loramux.errors import AdapterExists, AdapterLoading, AdapterNotFound, AdapterRefused
 from loramux.registry.catalogue import Catalogue
 from loramux.registry.changes import Changes, Condition, always
+from loramux.registry.compositions import COMPOSED, Compositions
 from loramux.registry.entry import Adapter, State, Version
-from loramux.registry.protocols import DataPlane, Observer, Prepare
+from loramux.registry.protocols import Compose, DataPlane, Observer, Prepare
 from loramux.registry.reader import Reader
 from loramux.registry.residency import Residency
 from loramux.registry.sources import Roots
@@ -27,6 +29,7 @@ class AdapterRegistry:
         *,
         base: str,
         prepare: Prepare,
+        compose: Compose,
         data_plane: DataPlane,
         observer: Observer,
         store: Store,
@@ -48,6 +51,7 @@ class AdapterRegistry:
         self._changes = Changes(
             self._catalogue, self._reader, self._residency, store, observer, self._tasks, patience_s=patience_s
         )
+        self._compositions = Compositions(compose, self._changes, self._residency)
         self._startup = Startup(self._catalogue, self._changes, self._reader, self._residency, store)
 
     # -- what there is
@@ -105,6 +109,10 @@ class AdapterRegistry:
         name, _, digest = tag.partition("@")
 
         def target() -> Version:
+            if name == COMPOSED:
+                if (composed := self._compositions.find(tag)) is None:
+                    raise gone(tag)
+                return composed
             adapter = self._catalogue.get(name)
             if adapter is None:
                 raise gone(name)
@@ -121,14 +129,43 @@ class AdapterRegistry:
         """End a lease."""
         self._residency.release(version)
 
-    async def _enter(self, target: Callable[[], Version], enter: Callable[[Version], bool]) -> Version:
+    @asynccontextmanager
+    async def composed(self, parts: Sequence[tuple[str, float]]) -> AsyncIterator[Version]:
+        """The weighted sum of adapters (model name, weight), on the device when this is entered.
+
+        Its tag can be leased until this is left. Raises InvalidRequest for an adapter given twice, and as `resolve`,
+        for parts, which need not be on the device, and for their sum; `param` names the part.
+        """
+        deadline = asyncio.get_running_loop().time() + self._patience_s
+        found = [
+            (await self._part(spelling, f"adapters[{place}].name", deadline), weight)
+            for place, (spelling, weight) in enumerate(parts)
+        ]
+        with self._compositions.held(found) as version:
+            yield await self._enter(lambda: version, self._residency.recall, deadline)
+
+    async def _part(self, spelling: str, param: str, deadline: float) -> Version:
+        """The version that a part's name means, once its artefact is there."""
+        try:
+            return await self._enter(lambda: self._catalogue.version(spelling), _is_prepared, deadline)
+        except AdapterRefused as error:  # all its requests share this one
+            raise type(error)(
+                f"The part {spelling!r} failed: {error.message}", code=error.code, hint=error.hint, param=param
+            ) from None
+        except (AdapterNotFound, AdapterLoading) as error:
+            error.param = param
+            raise
+
+    async def _enter(
+        self, target: Callable[[], Version], enter: Callable[[Version], bool], deadline: float | None = None
+    ) -> Version:
         """What `target` says, as soon as `enter` lets it in; both are asked again after every wait."""
         if enter(version := target()):
             return version
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            async with asyncio.timeout_at(began + self._patience_s):
+            async with asyncio.timeout_at(began + self._patience_s if deadline is None else deadline):
                 while not enter(version := target()):
                     await self._approach(version)
         except TimeoutError:
@@ -213,6 +250,11 @@ class AdapterRegistry:
         self.started = True
         self._tasks.spawn(self._startup.resume())
         self._tasks.spawn(self._startup.warm_up())
+
+
+def _is_prepared(version: Version) -> bool:
+    on_its_way = version.state in (State.READING, State.VERIFYING, State.FAILED)
+    return version.artefact is not None and not on_its_way
 
 
 def gone(name: str) -> AdapterNotFound:

@@ -11,6 +11,7 @@ import pytest
 
 from loramux.engine.names import EngineDirectory
 from loramux.errors import AdapterNotFound
+from loramux.http.composition import Composed, answered_by
 from loramux.registry import Given, State
 
 from ..fakes import BASE, World, until
@@ -103,3 +104,19 @@ async def test_the_name_means_the_new_version_at_once() -> None:
     assert models.get(f"a@{one.digest}") is None  # it drains; to be asked for
     await world.registry.delete("a")
     assert models.get("a") is None
+
+
+async def test_a_sum_is_found_by_its_request_alone_and_called_what_was_written() -> None:
+    world = World()
+    models = Models(world)
+    await world.load("a")
+    async with world.registry.composed([("a", 0.5)]) as version:
+        token = answered_by.set(Composed(version, BASE))
+        request = models.get(version.tag)
+        assert (request.lora_name, request.lora_int_id) == (version.tag, version.version_id)
+        assert models.model_name(request) == BASE
+        assert BASE not in models.lora_requests and models.model_name(models.get("a")) == "a"
+        answered_by.reset(token)
+        assert version.tag not in models.lora_requests
+        with pytest.raises(AdapterNotFound):
+            await models.check(version.tag)

@@ -78,7 +78,7 @@ class Inner:
         return caller
 
 
-def guarded(inner: Any, by: Gate | None = None, layers: Iterable[Any] = MIDDLEWARE) -> Any:
+def guarded(inner: Any, by: Gate | None = None, layers: Iterable[Any] = MIDDLEWARE, services: Any = None) -> Any:
     """`inner` inside our middleware, as vLLM would build it; without a gate: as somebody else would."""
     args = Namespace()
     if by is not None:
@@ -86,7 +86,7 @@ def guarded(inner: Any, by: Gate | None = None, layers: Iterable[Any] = MIDDLEWA
     app = inner
     for layer in reversed(list(layers)):
         app = layer(app)
-    outermost, state = app, SimpleNamespace(args=args)
+    outermost, state = app, SimpleNamespace(args=args, loramux=services)
 
     async def with_app(scope: Any, receive: Any, send: Any) -> None:
         await outermost({**scope, "app": SimpleNamespace(state=state)}, receive, send)
