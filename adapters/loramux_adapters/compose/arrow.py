@@ -19,7 +19,8 @@ from collections.abc import Mapping
 import torch
 
 from loramux_adapters.base_model import BaseModel
-from loramux_adapters.errors import AdapterConfigInvalid, AdapterShapeMismatch, AdapterUnsupportedFeature, shown
+from loramux_adapters.compose.plain import check_plain
+from loramux_adapters.errors import AdapterConfigInvalid, AdapterShapeMismatch, shown
 from loramux_adapters.gate import Gate, Norm, PostMap, Select
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_adapters.verify import verify
@@ -45,7 +46,7 @@ def arrow(
     """
     _check_options(len(adapters), top_k, temperature)
     for name, adapter in adapters.items():
-        _check_plain(name, adapter)
+        check_plain(name, adapter, _NOT_PLAIN, hint="Arrow routes over plain LoRAs only.")
     sites, gates = {}, {}
     for module in sorted({module for adapter in adapters.values() for module in adapter.sites}):
         parts = [adapter.sites.get(module) for adapter in adapters.values()]
@@ -105,16 +106,4 @@ def _check_options(experts: int, top_k: int, temperature: float) -> None:
     if not 0 < temperature < float("inf"):
         raise AdapterConfigInvalid(
             f"The temperature is {temperature}.", hint="Give a positive number; 1 is usual.", field="temperature"
-        )
-
-
-def _check_plain(name: str, adapter: LoweredAdapter) -> None:
-    used = [field for field in ("gates", "ffn") if getattr(adapter, field)]
-    for site in adapter.sites.values():
-        used += [field for field in _NOT_PLAIN if getattr(site, field) is not None]
-    if used:
-        raise AdapterUnsupportedFeature(
-            f"Adapter {shown(name)} ({adapter.method}) is not a plain LoRA: it uses {used[0]}.",
-            hint="Arrow routes over plain LoRAs only.",
-            field=name,
         )

@@ -16,13 +16,15 @@ import torch
 
 from loramux_adapters.artefact import Artefact, open_artefact
 from loramux_adapters.base_model import BaseModel
-from loramux_adapters.errors import AdapterTooLarge, AdapterUnsupportedFeature, shown
+from loramux_adapters.compose.plain import check_plain
+from loramux_adapters.errors import AdapterTooLarge, shown
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_adapters.prepare import keep
 from loramux_adapters.verify import verify
 
 METHOD = "linear"
 _NOT_PLAIN = ("gate", "magnitude", "carry", "variance")
+_HINT = "Weighted sums are of adapters that are one matrix per layer. Ask for this one alone, as `model`."
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def linear(parts: Sequence[tuple[str, LoweredAdapter, float]], *, base: BaseMode
     Raises AdapterUnsupportedFeature for an adapter that is not plain, and what `verify` raises for the result.
     """
     for name, adapter, _ in parts:
-        _check_plain(name, adapter)
+        check_plain(name, adapter, _NOT_PLAIN, hint=_HINT)
     sites = {
         module: _sum([(adapter.sites[module], weight) for _, adapter, weight in parts if module in adapter.sites])
         for module in sorted({module for _, adapter, _ in parts for module in adapter.sites})
@@ -83,17 +85,4 @@ def _check_ranks(parts: Sequence[Part], max_rank: int) -> None:
             f"{max_rank}.",
             hint="Leave a part out, recompress one (loramux adapters compact), or start the server with a larger "
             "--max-lora-rank.",
-        )
-
-
-def _check_plain(name: str, adapter: LoweredAdapter) -> None:
-    used = [field for field in ("gates", "ffn") if getattr(adapter, field)]
-    for site in adapter.sites.values():
-        used += [field for field in _NOT_PLAIN if getattr(site, field) is not None]
-    if used:
-        raise AdapterUnsupportedFeature(
-            f"The adapter {shown(name)} ({adapter.method}) cannot be a part of a sum: it uses {used[0]}.",
-            hint="Weighted sums are of plain adapters, whose change is one matrix per layer. Ask for this one alone, "
-            "as `model`.",
-            field=name,
         )
