@@ -57,7 +57,8 @@ def gate(rule, experts, scores, BT: tl.constexpr, EXPERTS: tl.constexpr):
     taken_off = tl.zeros((BT, 1), tl.float32)
     if (flags & ADAPTIVE) != 0:
         own = tl.sum(tl.where(e == experts, scores, 0.0), 1)[:, None] + _real(rule + 6)
-        least *= tl.div_rn(taken_off + 1.0, 1.0 + tl.exp(-own))
+        # One quotient: a product would be fused with what it is taken off, and differ from what p was compared with.
+        least = tl.div_rn(least, 1.0 + tl.exp(-own))
         taken_off = least
     scores = tl.where((flags & ABSOLUTE) != 0, tl.abs(scores), scores)
     scores = tl.where(real, tl.div_rn(scores, temperature), -float("inf"))

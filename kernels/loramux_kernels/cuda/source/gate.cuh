@@ -80,7 +80,8 @@ __device__ u32 gate(const i64* rule, int experts, const Logit& logit, const int*
     float least = threshold, taken_off = 0;
     if (flags & ADAPTIVE) {
       own = over_token(own, false) + bias;
-      taken_off = least = threshold * __fdiv_rn(1.f, 1.f + expf(-own));
+      // One quotient: a product would be fused with what it is taken off, and differ from what p was compared with.
+      taken_off = least = __fdiv_rn(threshold, 1.f + expf(-own));
     }
     bool selected[MINE];
 #pragma unroll
