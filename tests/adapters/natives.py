@@ -121,7 +121,7 @@ def gates(draw: st.DrawFn, width: int) -> Gate:
         case Select.TOP_K:
             values["k"] = draw(st.integers(1, experts))
         case Select.TOP_P:
-            values["p"] = draw(st.floats(0, 1, exclude_min=True))
+            values["p"] = draw(st.floats(2**-126, 1))
         case Select.THRESHOLD:
             values["threshold"] = draw(st.floats(-1, 1))
         case Select.ADAPTIVE:
