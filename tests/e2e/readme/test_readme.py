@@ -89,9 +89,12 @@ def test_dry_run_checks_and_plans(spare_adapters: Path, tmp_path: Path) -> None:
 
 
 def test_adapter_commands(tmp_path: Path) -> None:
-    check, compose = (line.split()[1:] for line in _block("sh", "adapters compose").strip().splitlines())
-    composed = str(tmp_path / compose[-1])
-    for arguments in (check, [*compose[:-1], composed], ["adapters", "show", composed]):
+    check, *making = (line.split()[1:] for line in _block("sh", "adapters compose").strip().splitlines())
+    commands = [check]
+    for arguments in making:
+        made = str(tmp_path / arguments[-1])
+        commands += [[*arguments[:-1], made], ["adapters", "show", made]]
+    for arguments in commands:
         command = [sys.executable, "-m", "loramux", *arguments]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
