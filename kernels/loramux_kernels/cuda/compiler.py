@@ -127,12 +127,16 @@ def _nvrtc() -> ctypes.CDLL:
             files = metadata.files(package) or ()
         except metadata.PackageNotFoundError:
             continue
-        names += [str(f.locate()) for f in files if f.name.startswith("libnvrtc.so")]
+        # Its other half is looked up by name, not beside it: found if it is loaded already.
+        for prefix in ("libnvrtc-builtins.so", "libnvrtc.so"):
+            names += [str(f.locate()) for f in files if f.name.startswith(prefix)]
     for name in names:
         try:
-            return ctypes.CDLL(name)
+            library = ctypes.CDLL(name)
         except OSError:
             continue
+        if hasattr(library, "nvrtcCompileProgram"):
+            return library
     raise CompilerMissing(
         f"libnvrtc.so.{version} not found, which CUDA builds of PyTorch bring along; "
         f"install nvidia-cuda-nvrtc, or set LORAMUX_KERNELS=triton"
