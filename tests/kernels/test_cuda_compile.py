@@ -44,7 +44,7 @@ def test_no_spills_and_as_many_blocks_as_promised(name: str) -> None:
 
 
 def test_what_does_not_compile_says_why() -> None:
-    with pytest.raises(compiler.CompileError, match="shrink_decode.cu for sm_90"):
+    with pytest.raises(compiler.CompileError, match=r"shrink_decode\.cu for sm_90"):
         compiler.compile_source("shrink_decode.cu", "sm_90", options=("-DMMA_ROWS=+",))
 
 

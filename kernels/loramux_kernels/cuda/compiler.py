@@ -18,7 +18,7 @@ import torch
 from loramux_kernels.gates import GATE_FIELDS, GROUPS_AT, MAX_EXPERTS
 from loramux_kernels.sites import TABLE_HEAD, TABLE_PART
 
-_OPTIONS = (
+OPTIONS = (
     "-std=c++17",
     f"-DLORAMUX_MAX_EXPERTS={MAX_EXPERTS}",
     f"-DLORAMUX_GATE_FIELDS={GATE_FIELDS}",
@@ -64,7 +64,7 @@ def compile_source(name: str, arch: str, *, options: tuple[str, ...] = ()) -> tu
         ),
     )
     try:
-        flags = [f"-arch={arch}", *_OPTIONS, *options]
+        flags = [f"-arch={arch}", *OPTIONS, *options]
         status = nvrtc.nvrtcCompileProgram(
             program, len(flags), (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
         )
@@ -113,7 +113,7 @@ def version() -> tuple[int, int]:
 
 @functools.cache
 def _fingerprint() -> str:
-    text = repr((version(), _OPTIONS, sorted(sources().items())))
+    text = repr((version(), OPTIONS, sorted(sources().items())))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
