@@ -18,6 +18,8 @@ from loramux.staging.stager import Stager
 def main(connection: int, buffer: int, setup: int) -> None:
     with suppress(OSError, AttributeError):
         os.nice(5)  # where cores are few, steps come first
+    with suppress(OSError, AttributeError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # an engine on the CPU has bound itself to its own
     torch.set_num_threads(1)
     with os.fdopen(setup, "rb") as file:
         file.seek(0)  # it is the engine's descriptor, which has written

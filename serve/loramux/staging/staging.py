@@ -6,8 +6,8 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 
 from torch import Tensor
@@ -106,20 +106,19 @@ def launch_process(theirs: Connection, buffer: StagingBuffer, setup: Setup) -> C
         with os.fdopen(handle, "wb", closefd=False) as file:
             pickle.dump(setup, file)
         handles = (theirs.fileno(), buffer.handle, handle)
-        with _on_every_core():
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "loramux.staging", *map(str, handles)],
-                pass_fds=handles,
-                stdin=subprocess.DEVNULL,
-                # Copies, conversions, no device: a core is enough, and the engine's cores are not to be taken from it.
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                    "CUDA_VISIBLE_DEVICES": "",
-                    "OMP_NUM_THREADS": "1",
-                },
-                start_new_session=True,  # signals for the server's group are for the engine, which then closes its end
-            )
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "loramux.staging", *map(str, handles)],
+            pass_fds=handles,
+            stdin=subprocess.DEVNULL,
+            # Copies, conversions, no device: a core is enough, and the engine's cores are not to be taken from it.
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                "CUDA_VISIBLE_DEVICES": "",
+                "OMP_NUM_THREADS": "1",
+            },
+            start_new_session=True,  # signals for the server's group are for the engine, which then closes its end
+        )
     finally:
         os.close(handle)
 
@@ -128,16 +127,3 @@ def launch_process(theirs: Connection, buffer: StagingBuffer, setup: Setup) -> C
         process.wait()
 
     return end
-
-
-@contextmanager
-def _on_every_core() -> Iterator[None]:
-    """A child started inside may run on every core: an engine on the CPU has bound this thread to one that it keeps
-    busy, and a child that inherits that can wait for minutes for its first instructions."""
-    mine = os.sched_getaffinity(0)
-    with suppress(OSError):  # a container may have fewer
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, mine)
