@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -36,8 +35,6 @@ class StagingBuffer:
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         result = runtime.cudaHostRegister(self.memory.data_ptr(), self.memory.nbytes, 0)
         if int(result) != 0:
-            with suppress(RuntimeError):  # who launches next is told of it: not a step
-                torch.zeros(1, device="cuda")
             logger.warning(
                 "the staging buffer could not be pinned (CUDA error %d): loads will delay steps", int(result)
             )
