@@ -8,11 +8,11 @@
 
 #include "gate.cuh"
 #include "handoff.cuh"
+#include "sums.cuh"
 
 namespace loramux {
 
 constexpr int WARPS = 8, THREADS = WARPS * WARP, TEAM = THREADS / 2;
-constexpr int PITCH = 20;  // floats between tokens in shared memory: 16 rows, padded so that lanes hit distinct banks
 constexpr int MAX_PLANES = 4;
 constexpr i64 PREFETCHED = 24 << 20;  // bytes of one site's B that may wait in the L2 cache of 50 MB
 
@@ -60,58 +60,10 @@ __device__ __forceinline__ void prefetch(const ShrinkArgs& args, const i64* row,
     prefetch_line(args.ints + row[EXPERT_OFFSET] + line);
   }
   if (threadIdx.x != 0 || tiles * bytes > PREFETCHED) return;
-  // Slices of B lie behind each other.
+  // From the first slice's B on; with multipliers and biases between slices, the end of the last one is left out.
   const i64 share = (bytes / parts + 127) / 128 * 128, first = share * part;
   const i64 length = min(share, bytes - first) / 16 * 16;
   if (length > 0) prefetch_range(reinterpret_cast<const char*>(args.weights) + begin + first, static_cast<u32>(length));
-}
-
-// This warp's sums of 16 rows of A from `a` on (`rows` of them exist) with TILES groups of eight tokens, over chunks
-// [begin, end), into out[token][row]. DEPTH: chunks whose loads are in flight together.
-template <typename T, int TILES, int DEPTH>
-__device__ __forceinline__ void sums(const ShrinkArgs& args, const Tile& tile, const element* a, int rows, int begin,
-                                     int end, float (*out)[PITCH]) {
-  const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-  const element* a_low = a + static_cast<i64>(g) * args.d_in + 8 * t;
-  const element* a_high = a_low + 8 * static_cast<i64>(args.d_in);
-  const bool low = g < rows, high = g + 8 < rows;
-  const element* xs[TILES];
-  bool live[TILES];
-#pragma unroll
-  for (int n = 0; n < TILES; ++n) {
-    const int i = n * 8 + g;
-    live[n] = i < tile.count;
-    xs[n] = args.x + (live[n] ? __ldg(args.token_ids + tile.start + i) * args.x_stride : 0) + 8 * t;
-  }
-  float acc[TILES][4] = {};
-  for (int chunk = begin; chunk < end; chunk += DEPTH) {
-    Vector wl[DEPTH], wh[DEPTH], v[DEPTH][TILES];
-#pragma unroll
-    for (int d = 0; d < DEPTH; ++d) {
-      const int i = (chunk + d) * CHUNK;
-      const bool in = chunk + d < end && i + 8 * t < args.d_in;
-      wl[d] = load_weights(a_low + i, in && low);
-      wh[d] = load_weights(a_high + i, in && high);
-#pragma unroll
-      for (int n = 0; n < TILES; ++n) v[d][n] = load(xs[n] + i, in && live[n]);
-    }
-#pragma unroll
-    for (int d = 0; d < DEPTH; ++d)
-#pragma unroll
-      for (int n = 0; n < TILES; ++n)
-#pragma unroll
-        for (int k = 0; k < 4; k += 2)
-          T::mma(acc[n], wl[d].words[k], wh[d].words[k], wl[d].words[k + 1], wh[d].words[k + 1], v[d][n].words[k],
-                 v[d][n].words[k + 1]);
-  }
-#pragma unroll
-  for (int n = 0; n < TILES; ++n) {
-    float(*to)[PITCH] = out + n * 8 + 2 * t;
-    to[0][g] = acc[n][0];
-    to[1][g] = acc[n][1];
-    to[0][g + 8] = acc[n][2];
-    to[1][g + 8] = acc[n][3];
-  }
 }
 
 // One column of h for the token whose row is `id`: the planes in order. Other blocks wrote them: past the nearest cache.
@@ -230,15 +182,16 @@ __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
     const int rows = static_cast<int>(shared.row[ROWS]);
     const int units = blocks_of(rows, MMA_ROWS) * args.planes;
     const element* a = args.weights + shared.row[A_OFFSET];
+    const Inputs in{args.x, args.x_stride, args.token_ids + tile.start, tile.count, args.d_in};
     if (units == 0 && lane == 0) hand_over<T>(args, tile, index, shared);
     for (int unit = lane; unit < units; unit += lanes) {
       const int first = unit / args.planes * MMA_ROWS, plane = unit % args.planes, part = plane * WARPS + warp;
       const int begin = chunks * part / parts, end = chunks * (part + 1) / parts;
       const element* mine = a + static_cast<i64>(first) * args.d_in;
       if (tile.count <= 8)
-        sums<T, 1, 8>(args, tile, mine, rows - first, begin, end, shared.partial[warp]);
+        sums<T, 1, 8>(in, mine, rows - first, begin, end, shared.partial[warp]);
       else
-        sums<T, 2, 4>(args, tile, mine, rows - first, begin, end, shared.partial[warp]);
+        sums<T, 2, 4>(in, mine, rows - first, begin, end, shared.partial[warp]);
       prefetch(args, shared.row, unit, units, tiles);
       __syncthreads();
       const int token = threadIdx.x / MMA_ROWS, r = threadIdx.x % MMA_ROWS;

@@ -4,13 +4,12 @@
 // Operands go from memory to registers as in shrink_decode.cu. The blocks' sums meet in the cluster's shared memory and
 // are added in a fixed order, so h has one plane.
 
-#include "common.cuh"
+#include "sums.cuh"
 
 namespace loramux {
 
 constexpr int CLUSTER = 8, WARPS = 8, THREADS = WARPS * WARP, GROUP_ROWS = WARPS * MMA_ROWS;
 constexpr int TILES = 8, TOKENS = 8 * TILES, DEPTH = 3;  // groups of eight tokens; chunks whose loads are in flight
-constexpr int PITCH = 20;  // floats between tokens in shared memory: 16 rows, padded so that lanes hit distinct banks
 
 struct ShrinkArgs {
   const element* x;
@@ -28,7 +27,7 @@ template <typename T>
 __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
   __shared__ float partial[WARPS][TOKENS][PITCH];
   const int part = cluster_rank();
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / WARP;
   const int tiles = *args.count, clusters = gridDim.x / CLUSTER, chunks = blocks_of(args.d_in, CHUNK);
   if (tiles <= 0) return;
   // With few tiles several clusters share one and take every `lanes`th group of its rows.
@@ -37,6 +36,8 @@ __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
     const Tile tile = read_tile(args.tiles, item / lanes);
     const i64* row = args.table + tile.slot * args.table_stride;
     const int all_rows = static_cast<int>(row[ROWS]);
+    const element* a = args.weights + row[A_OFFSET];
+    const Inputs in{args.x, args.x_stride, args.token_ids + tile.start, tile.count, args.d_in};
     for (int first = item % lanes * GROUP_ROWS; first < all_rows; first += lanes * GROUP_ROWS) {
       const int rows = min(all_rows - first, GROUP_ROWS), blocks = blocks_of(rows, MMA_ROWS);
       // Fewer blocks of rows than warps: several warps share a block and take pieces of the inputs.
@@ -46,47 +47,8 @@ __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
         const int part_begin = chunks * part / CLUSTER, part_end = chunks * (part + 1) / CLUSTER;
         const int begin = part_begin + (part_end - part_begin) * piece / sharing;
         const int end = part_begin + (part_end - part_begin) * (piece + 1) / sharing;
-        const int r = block * MMA_ROWS + g;
-        const element* a_low = args.weights + row[A_OFFSET] + static_cast<i64>(first + r) * args.d_in + 8 * t;
-        const element* a_high = a_low + 8 * static_cast<i64>(args.d_in);
-        const bool low = r < rows, high = r + 8 < rows;
-        const element* xs[TILES];
-        bool live[TILES];
-#pragma unroll
-        for (int n = 0; n < TILES; ++n) {
-          const int i = n * 8 + g;
-          live[n] = i < tile.count;
-          xs[n] = args.x + (live[n] ? __ldg(args.token_ids + tile.start + i) * args.x_stride : 0) + 8 * t;
-        }
-        float acc[TILES][4] = {};
-        for (int chunk = begin; chunk < end; chunk += DEPTH) {
-          Vector wl[DEPTH], wh[DEPTH], v[DEPTH][TILES];
-#pragma unroll
-          for (int d = 0; d < DEPTH; ++d) {
-            const int i = (chunk + d) * CHUNK;
-            const bool in = chunk + d < end && i + 8 * t < args.d_in;
-            wl[d] = load_weights(a_low + i, in && low);
-            wh[d] = load_weights(a_high + i, in && high);
-#pragma unroll
-            for (int n = 0; n < TILES; ++n) v[d][n] = load(xs[n] + i, in && live[n]);
-          }
-#pragma unroll
-          for (int d = 0; d < DEPTH; ++d)
-#pragma unroll
-            for (int n = 0; n < TILES; ++n)
-#pragma unroll
-              for (int k = 0; k < 4; k += 2)
-                T::mma(acc[n], wl[d].words[k], wh[d].words[k], wl[d].words[k + 1], wh[d].words[k + 1],
-                       v[d][n].words[k], v[d][n].words[k + 1]);
-        }
-#pragma unroll
-        for (int n = 0; n < TILES; ++n) {
-          float* out = &partial[warp][n * 8 + 2 * t][0];
-          out[g] = acc[n][0];
-          out[PITCH + g] = acc[n][1];
-          out[g + 8] = acc[n][2];
-          out[PITCH + g + 8] = acc[n][3];
-        }
+        const element* mine = a + static_cast<i64>(first + block * MMA_ROWS) * args.d_in;
+        sums<T, TILES, DEPTH>(in, mine, rows - block * MMA_ROWS, begin, end, partial[warp]);
       }
       cluster_barrier();
       for (int i = part * THREADS + threadIdx.x; i < blocks * TOKENS * MMA_ROWS; i += CLUSTER * THREADS) {
