@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ class _Launch(ctypes.Structure):
 class Emulator:
     """Sources by name, compiled into `cache`. `seed` decides who runs when; it changes from launch to launch.
 
-    `blocks`, if any, is the most that a launch gets: fewer than it asks for, a multiple of 8.
+    `blocks`, if any, is the most that a launch gets: fewer than it asks for.
     """
 
     def __init__(self, cache: Path, sources: dict[str, str] | None = None) -> None:
@@ -102,14 +103,20 @@ def _library(cache: Path, source: str, op: str, sources: dict[str, str]) -> Path
     library = folder / "library.so"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_text(content)
-    _run("g++", *flags, *_KERNEL_FLAGS, "-c", "kernel.cpp", "-o", "kernel.o", folder=folder)
-    # Renamed when whole: another test process may look for it.
-    whole = folder / "whole.so"
-    _run("g++", *flags, "-shared", "kernel.o", *_MACHINE, "-o", whole.name, "-ldl", folder=folder)
-    return whole.rename(library)
+    # Built beside it and renamed when whole: another test process may build the same.
+    with tempfile.TemporaryDirectory(dir=cache) as building:
+        made = Path(building) / folder.name
+        made.mkdir()
+        for name, content in files.items():
+            (made / name).write_text(content)
+        _run("g++", *flags, *_KERNEL_FLAGS, "-c", "kernel.cpp", "-o", "kernel.o", folder=made)
+        _run("g++", *flags, "-shared", "kernel.o", *_MACHINE, "-o", library.name, "-ldl", folder=made)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not library.exists():
+                raise
+    return library
 
 
 def _run(*command: str, folder: Path) -> None:
