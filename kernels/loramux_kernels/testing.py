@@ -115,6 +115,21 @@ def with_outputs(
     return made
 
 
+def adapter_of(
+    specs: Sequence[SiteSpec],
+    ranks: Mapping[str, int],
+    gates: Mapping[str, TokenGate],
+    mag: Collection[str],
+    bias: Collection[str],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> dict[str, Weights]:
+    """A random adapter with these gates and outputs; a module that has only outputs needs no rank."""
+    unranked = dict.fromkeys([*mag, *bias], 0)
+    adapter = random_adapter(specs, unranked | dict(ranks), dtype, generator)
+    return with_outputs(mixed(adapter, gates, generator), mag, bias, generator)
+
+
 def load(pool: AdapterPool, adapter: Adapter) -> int:
     """Reserve, write and publish; the slot."""
     gates = {module: w.gate for module, w in adapter.items() if w.gate is not None}

@@ -19,19 +19,19 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torc
 
 import numpy as np
 import torch
+from applied import same_bits
 from torch import Tensor
 
 import loramux_kernels as lk
 from loramux_kernels import AdapterPool, SiteSpec, TokenGate
 from loramux_kernels.testing import (
     POPULARITIES,
+    adapter_of,
     clear_inputs,
     exact,
     load,
-    mixed,
     ragged_batch,
     random_adapter,
-    with_outputs,
     worst,
     worst_trace,
 )
@@ -73,7 +73,6 @@ OUTPUTS = (*[("", "")] * 4, ("qkd", "vod"), ("qo", "q"), ("kod", "qd"), ("", "kv
 """Modules with a mag and with a bias, of the same adapters; "q" of the sixth has no rank."""
 LENGTHS = (1, 8, 16, 64, 128, 300, 1000, 2000)
 PADDING = 5
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 failures = 0
 
 
@@ -92,10 +91,6 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(BITS[a.dtype]), b.view(BITS[b.dtype]))
 
 
 def apply(pool: AdapterPool, index: int, x: Tensor, y: Tensor) -> None:
@@ -127,11 +122,8 @@ def check(dtype: torch.dtype) -> None:
     pool.warmup()
     torch.cuda.synchronize()
     report(not pool.active, f"{dtype} warm-up {time.perf_counter() - began:.1f} s")
-    adapters = []
-    for ranks, gates, (mag, bias) in zip(RANKS, GATES, OUTPUTS, strict=True):
-        unranked = dict.fromkeys(mag + bias, 0)
-        adapter = mixed(random_adapter(SPECS, unranked | ranks, dtype, generator), gates, generator)
-        adapters.append(with_outputs(adapter, mag, bias, generator))
+    kinds = zip(RANKS, GATES, OUTPUTS, strict=True)
+    adapters = [adapter_of(SPECS, ranks, gates, *both, dtype, generator) for ranks, gates, both in kinds]
     hole = load(pool, adapters[2])
     slots = np.array([*(load(pool, a) for a in adapters), -1], np.int32)
     pool.release(hole)

@@ -13,19 +13,20 @@ import sys
 
 import numpy as np
 import torch
+from applied import same_bits
 
 from loramux_kernels import AdapterPool, SiteSpec, TokenGate
 from loramux_kernels.ops.shrink import PLANE_ROWS
 from loramux_kernels.sites import lookup
 from loramux_kernels.testing import (
     POPULARITIES,
+    adapter_of,
     clear_inputs,
     exact,
     load,
     mixed,
     ragged_batch,
     random_adapter,
-    with_outputs,
     worst,
     worst_trace,
 )
@@ -61,11 +62,6 @@ NO_OUTPUTS = (("", ""),) * 4
 MAX_RANK = 64
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    kind = torch.int32 if a.dtype == torch.float32 else torch.int16
-    return torch.equal(a.view(kind), b.view(kind))
-
-
 def check(
     dtype: torch.dtype,
     tokens: int,
@@ -86,11 +82,8 @@ def check(
         backend="triton",
     )
     gen = torch.Generator().manual_seed(int(rng.integers(1 << 30)))
-    adapters = []
-    for ranks, rules, (mag, bias) in zip(RANKS, gates, outputs, strict=True):
-        unranked = dict.fromkeys(mag + bias, 0)
-        adapter = mixed(random_adapter(SPECS, unranked | ranks, dtype, gen), rules, gen)
-        adapters.append(with_outputs(adapter, mag, bias, gen))
+    kinds = zip(RANKS, gates, outputs, strict=True)
+    adapters = [adapter_of(SPECS, ranks, rules, *both, dtype, gen) for ranks, rules, both in kinds]
     hole = load(pool, adapters[0])
     slots = np.array([*(load(pool, a) for a in adapters), -1], dtype=np.int32)
     pool.release(hole)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +16,7 @@ import loramux_kernels as lk
 from loramux_kernels import MAX_EXPERTS, AdapterPool, SiteSpec, TokenGate
 from loramux_kernels.sites import lookup
 from loramux_kernels.testing import (
-    POPULARITIES,
-    Ints,
     Weights,
-    clear_inputs,
     exact,
     load,
     mixed,
@@ -28,7 +25,7 @@ from loramux_kernels.testing import (
     worst,
 )
 
-from .applied import apply, same_bits
+from .applied import apply, check_against_float64, clear, same_bits
 
 QKV = SiteSpec("qkv", ("q", "k", "v"), 96, (160, 33, 32))
 ODD = SiteSpec("odd", ("o",), 259, (129,))
@@ -74,12 +71,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 BACKENDS = ("cpu", "reference")
 
 
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """In deterministic mode torch fills what `empty` returns with NaN: h must be right without being cleared."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def make(
@@ -105,39 +97,11 @@ def adapters_of(dtype: torch.dtype, generator: torch.Generator) -> list[dict[str
     return [mixed(random_adapter(SPECS, ranks, dtype, generator), gates, generator) for ranks, gates in ADAPTERS]
 
 
-def clear(
-    spec: SiteSpec,
-    adapters: list[dict[str, Weights]],
-    which: Ints,
-    lengths: Ints,
-    rows: int,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """x without selections that hang on a rounding, as a view of wider rows, and y."""
-    x = torch.empty(rows, spec.d_in + 5, dtype=dtype)[:, : spec.d_in]
-    draw = lambda: torch.randn(rows, spec.d_in, generator=generator).to(dtype)  # noqa: E731
-    x.copy_(clear_inputs(spec, adapters, which, lengths, draw))
-    return x, torch.randn(rows, sum(spec.d_outs), generator=generator).to(dtype)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_plain_mixture_and_base_rows_against_float64(dtype: torch.dtype, backend: str) -> None:
-    generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
-    adapters = adapters_of(dtype, generator)
-    pool = make(dtype, backend)
-    slots = np.array([*(load(pool, a) for a in adapters), -1], np.int32)
-    for popularity in POPULARITIES:
-        for requests, tokens in ((1, 1), (9, 9), (16, 41)):
-            which, lengths = ragged_batch(popularity, rng=rng, requests=requests, adapters=len(adapters), tokens=tokens)
-            pool.set_batch(slots[which], lengths)
-            base = torch.from_numpy(np.r_[np.repeat(which, lengths), [-1, -1]] < 0)
-            for index, spec in enumerate(SPECS):
-                x, y = clear(spec, adapters, which, lengths, tokens + 2, dtype, generator)
-                got = apply(pool, index, x, y)
-                assert worst(got, exact(spec, adapters, which, lengths, x, y)) <= 1
-                assert same_bits(got[base], y[base])
+    generator = torch.Generator().manual_seed(0)
+    check_against_float64(make(dtype, backend), SPECS, adapters_of(dtype, generator), dtype, generator)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,7 @@ RANKS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """In deterministic mode torch fills what `empty` returns with NaN: h must be right without being cleared."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def make(dtype: torch.dtype, backend: str = "cpu", specs: tuple[SiteSpec, ...] = SPECS) -> AdapterPool:

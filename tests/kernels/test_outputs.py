@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import pytest
@@ -12,19 +12,16 @@ import loramux_kernels as lk
 from loramux_kernels import AdapterPool, SiteSpec, TokenGate
 from loramux_kernels.sites import lookup
 from loramux_kernels.testing import (
-    POPULARITIES,
     Weights,
-    clear_inputs,
+    adapter_of,
     exact,
     load,
-    mixed,
-    ragged_batch,
     random_adapter,
     with_outputs,
     worst,
 )
 
-from .applied import apply, same_bits
+from .applied import apply, check_against_float64, same_bits
 
 QKV = SiteSpec("qkv", ("q", "k", "v"), 96, (160, 33, 32))
 ODD = SiteSpec("odd", ("o",), 259, (129,))
@@ -42,12 +39,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 BACKENDS = ("cpu", "reference")
 
 
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """In deterministic mode torch fills what `empty` returns with NaN: h must be right without being cleared."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def make(dtype: torch.dtype = torch.float32, backend: str = "cpu", capacity_bytes: int = 4 << 20) -> AdapterPool:
@@ -65,29 +57,15 @@ def make(dtype: torch.dtype = torch.float32, backend: str = "cpu", capacity_byte
 
 
 def build(kind: Kind, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Weights]:
-    ranks, gates, mag, bias = kind
-    return with_outputs(mixed(random_adapter(SPECS, ranks, dtype, generator), gates, generator), mag, bias, generator)
+    return adapter_of(SPECS, *kind, dtype, generator)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_float64_beside_plain_and_base_rows(dtype: torch.dtype, backend: str) -> None:
-    generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(0)
     adapters = [build(kind, dtype, generator) for kind in ADAPTERS]
-    pool = make(dtype, backend)
-    slots = np.array([*(load(pool, a) for a in adapters), -1], np.int32)
-    for popularity in POPULARITIES:
-        for requests, tokens in ((1, 1), (9, 9), (16, 41)):
-            which, lengths = ragged_batch(popularity, rng=rng, requests=requests, adapters=len(adapters), tokens=tokens)
-            pool.set_batch(slots[which], lengths)
-            base = torch.from_numpy(np.r_[np.repeat(which, lengths), [-1, -1]] < 0)
-            for index, spec in enumerate(SPECS):
-                draw = lambda s=spec, n=tokens + 2: torch.randn(n, s.d_in, generator=generator).to(dtype)  # noqa: E731
-                x = clear_inputs(spec, adapters, which, lengths, draw)
-                y = torch.randn(tokens + 2, sum(spec.d_outs), generator=generator).to(dtype)
-                got = apply(pool, index, x, y)
-                assert worst(got, exact(spec, adapters, which, lengths, x, y)) <= 1
-                assert same_bits(got[base], y[base])
+    check_against_float64(make(dtype, backend), SPECS, adapters, dtype, generator)
 
 
 def test_the_bound_notices_a_mag_or_a_bias_of_another_output() -> None:

@@ -19,13 +19,13 @@ from loramux_kernels.sites import Site, lookup
 from loramux_kernels.testing import (
     Ints,
     Weights,
+    adapter_of,
     clear_inputs,
     exact,
     load,
     mixed,
     ragged_batch,
     random_adapter,
-    with_outputs,
     worst,
     worst_trace,
 )
@@ -92,11 +92,8 @@ def make(
 def adapters_of(
     gates: tuple[dict[str, TokenGate], ...], dtype: torch.dtype, generator: torch.Generator
 ) -> list[dict[str, Weights]]:
-    adapters = []
-    for ranks, rules, (mag, bias) in zip(RANKS, gates, OUTPUTS, strict=True):
-        adapter = random_adapter(SPECS, dict.fromkeys(mag + bias, 0) | ranks, dtype, generator)
-        adapters.append(with_outputs(mixed(adapter, rules, generator), mag, bias, generator))
-    return adapters
+    kinds = zip(RANKS, gates, OUTPUTS, strict=True)
+    return [adapter_of(SPECS, ranks, rules, *both, dtype, generator) for ranks, rules, both in kinds]
 
 
 def room(site: Site) -> Scratch:
