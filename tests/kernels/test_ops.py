@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import loramux_kernels as lk
 from loramux_kernels import AdapterPool, SiteSpec
@@ -155,7 +158,15 @@ def test_as_pytorch_checks_ops() -> None:
     # h is uninitialised memory, which a comparison of values between two runs cannot like.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.shrink.default, (x, site, rows), test_utils=utils)
-    torch.library.opcheck(ops.expand.default, (y, torch.zeros(4, rows), site))
+    torch.library.opcheck(ops.expand.default, (torch.zeros(4, rows), y, site))
+
+
+@pytest.fixture
+def compiled_anew() -> Iterator[None]:
+    """What an older loramux left in the compiler's cache may call the ops otherwise."""
+    torch._dynamo.reset()
+    with fresh_cache():
+        yield
 
 
 class Adapted(nn.Module):
@@ -173,9 +184,9 @@ class Adapted(nn.Module):
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.usefixtures("compiled_anew")
 @torch.inference_mode()
 def test_all_layers_compile_to_one_graph(compiler: str) -> None:
-    torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     generator, weight = torch.Generator().manual_seed(4), torch.randn(24, 24)
@@ -210,6 +221,27 @@ def test_all_layers_compile_to_one_graph(compiler: str) -> None:
     pool.set_batch(np.array([slot, -1], np.int32), np.array([2, 3], np.int32))
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=compiler)(x), model(x))
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("functionalized_v2", [False, True])  # vLLM turns it off
+@pytest.mark.usefixtures("compiled_anew")
+@torch.inference_mode()
+def test_a_compiler_leaves_the_shrink_before_the_base_linear(functionalized_v2: bool) -> None:
+    pool = make(torch.float32, specs=(SiteSpec("s", ("m",), 24, (24,)),))
+    site, rows = pool.site_ids[0], pool.h_width(0)
+
+    def layer(x: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
+        x = torch.nn.functional.rms_norm(x, (24,), norm)
+        h = lk.shrink(x, site, rows)
+        y = torch.nn.functional.linear(x, weight)
+        lk.expand(y, h, site, x)
+        return torch.nn.functional.silu(y)
+
+    options = {"enable_auto_functionalized_v2": functionalized_v2}
+    compiled = torch.compile(layer, fullgraph=True, backend="inductor", options=options)
+    _, (code,) = run_and_get_code(compiled, torch.randn(5, 24), torch.randn(24, 24), torch.randn(24))
+    order = re.findall(r"(shrink|expand)\.default\(|\.(mm|addmm)\(", code.split("def call(")[-1])
+    assert ["".join(names) for names in order] == ["shrink", "mm", "expand"]
 
 
 def test_imports_without_triton() -> None:

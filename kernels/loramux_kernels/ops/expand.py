@@ -16,7 +16,7 @@ from loramux_kernels.ops.library import register
 from loramux_kernels.sites import lookup
 
 
-def _run(y: Tensor, h: Tensor, site: Tensor, x: Tensor | None = None) -> None:
+def _run(h: Tensor, y: Tensor, site: Tensor, x: Tensor | None = None) -> None:
     bound = lookup(site)
     if bound.plan.active:
         if y.dim() != 2 or y.shape[1] != sum(bound.spec.d_outs) or y.stride(1) != 1 or y.dtype != bound.dtype:
@@ -26,11 +26,13 @@ def _run(y: Tensor, h: Tensor, site: Tensor, x: Tensor | None = None) -> None:
         bound.backend.expand(bound, y, h)
 
 
-def _fake(y: Tensor, h: Tensor, site: Tensor, x: Tensor | None = None) -> None:
+def _fake(h: Tensor, y: Tensor, site: Tensor, x: Tensor | None = None) -> None:
     return None
 
 
-register("expand(Tensor(a!) y, Tensor h, Tensor site, Tensor? x=None) -> ()", _run, _fake)
+# h comes first: TorchInductor moves what an op needs to right before it, the last argument nearest. With y first it
+# would put the base linear before the shrink, and nothing would run beside it.
+register("expand(Tensor h, Tensor(a!) y, Tensor site, Tensor? x=None) -> ()", _run, _fake)
 
 
 def expand(y: Tensor, h: Tensor, site: Tensor, x: Tensor | None = None) -> None:
@@ -39,4 +41,4 @@ def expand(y: Tensor, h: Tensor, site: Tensor, x: Tensor | None = None) -> None:
     `x`, what was given to `shrink`, is not read: it is named where a compiler manages memory, because the shrink may
     still run beside the base linear when that no longer needs x.
     """
-    torch.ops.loramux.expand(y if y.dim() == 2 else y.view(-1, y.shape[-1]), h, site, x)
+    torch.ops.loramux.expand(h, y if y.dim() == 2 else y.view(-1, y.shape[-1]), site, x)
