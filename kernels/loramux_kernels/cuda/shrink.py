@@ -19,8 +19,8 @@ _THREADS = 256
 _ROWS, _PIECE, _PLANES = 16, 2048, 4
 """Of a decode step: rows of A of a unit, inputs that a block's loads cover in one round, and pieces of I at most:
 T·planes ≤ T + PLANE_ROWS for T ≤ SMALL_STEP."""
-_BLOCKS = 528
-"""Thread blocks of a decode step: twice what 132 multiprocessors hold at once, for balance."""
+_BLOCKS = 96
+"""Thread blocks of a decode step at most: a base linear beside them does without the multiprocessors that they hold."""
 _CLUSTER, _CLUSTERS, _GROUP_ROWS = 8, 64, 128
 """Of a prefill step: blocks of a cluster, clusters at most, rows of A that one takes at a time."""
 
@@ -89,7 +89,6 @@ def shrink(site: Site, x: Tensor, h: Tensor) -> None:
         len(site.spec.d_outs),
         widths(site.spec.d_outs),
     )
-    # Blocks that find no unit still take the base linear's room for a moment.
     blocks = min(tiles.programs * -(-site.rows // _ROWS) * decode.planes, _BLOCKS)
     with fork(x.device.index).beside(stream) as side:
         _kernel(site, "decode").launch(decode, blocks, side)

@@ -137,7 +137,8 @@ def inputs(
 @pytest.mark.parametrize("gates", [PLAIN, MIXED], ids=["plain", "mixed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("popularity", "tokens"), [("identical", 1), ("uniform", DECODE), ("zipf", DECODE), ("distinct", PREFILL)]
+    ("popularity", "tokens"),
+    [("identical", 1), ("identical", 100), ("uniform", DECODE), ("zipf", DECODE), ("distinct", PREFILL)],
 )
 def test_against_float64(
     dtype: torch.dtype, gates: tuple[dict[str, TokenGate], ...], popularity: str, tokens: int
