@@ -19,6 +19,7 @@ from loramux_kernels.errors import (
 )
 from loramux_kernels.gates import MAX_EXPERTS, TokenGate
 from loramux_kernels.geometry import Geometry, Layouts
+from loramux_kernels.layout import Layout
 from loramux_kernels.ops.expand import expand
 from loramux_kernels.ops.shrink import shrink
 from loramux_kernels.pool import AdapterPool
@@ -30,6 +31,7 @@ __all__ = [
     "AdapterPool",
     "Geometry",
     "KernelError",
+    "Layout",
     "Layouts",
     "Memory",
     "NotWritten",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from loramux_kernels.arena import aligned
@@ -59,16 +60,23 @@ class Layout:
                 end += aligned(d_out * WORD) if has else 0
         return cls(parts, scale, expert, tuple(b), tuple(mag), tuple(bias), end)
 
-    @property
+    # Cached, for the many sites that share a layout.
+
+    @cached_property
+    def present(self) -> frozenset[int]:
+        """The slices that the adapter changes."""
+        return frozenset(j for j, part in enumerate(self.parts) if part != Part())
+
+    @cached_property
     def rank_rows(self) -> int:
         return sum(p.rank for p in self.parts)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows of A in use: rank rows and router rows."""
         return self.rank_rows + sum(p.gate.logits for p in self.parts if p.gate)
 
-    @property
+    @cached_property
     def logits(self) -> tuple[int, ...]:
         """First router row of each slice, where its logits begin in h."""
         counts = (p.gate.logits if p.gate else 0 for p in self.parts[:-1])

@@ -26,7 +26,7 @@ from loramux_kernels.arena import Extents
 from loramux_kernels.errors import NotWritten, PoolFull, UnknownSlot
 from loramux_kernels.gates import TokenGate
 from loramux_kernels.geometry import NO_GATES, Geometry, Layouts
-from loramux_kernels.layout import Layout, Part
+from loramux_kernels.layout import Layout
 from loramux_kernels.ops.shrink import h_shape
 from loramux_kernels.plan import Ints, Plan
 from loramux_kernels.sites import TABLE_HEAD, TABLE_PART, Site, SiteSpec, accumulator
@@ -204,7 +204,7 @@ class AdapterPool:
         slot = next(s for s in range(self.slots) if s not in self._residents)
         self._residents[slot] = _Resident(
             pieces={i: _Piece(offset, lay) for (i, lay), offset in zip(layouts.items(), offsets, strict=True)},
-            missing={i: {j for j, part in enumerate(lay.parts) if part != Part()} for i, lay in layouts.items()},
+            missing={i: set(layout.present) for i, layout in layouts.items()},
             image=deque(layouts),
         )
         # Of torch's caching host allocator, which hands it out again only after the copy that reads it has run.
@@ -234,7 +234,7 @@ class AdapterPool:
         i, j = self.geometry.find(module)
         resident = self._resident(slot)
         piece = resident.pieces.get(i)
-        if piece is None or piece.layout.parts[j] == Part() or resident.published:
+        if piece is None or j not in piece.layout.present or resident.published:
             raise UnknownSlot(slot, module)
         copied = self._weights(i, piece).fill(j, module, a, b, scale, router=router, expert=expert, mag=mag, bias=bias)
         resident.missing[i].discard(j)

@@ -149,9 +149,7 @@ class Bench:
             loaded.append(LoRARequest(lora_name=f"a{version}@x", lora_int_id=version, lora_path=str(path)))
             if self.kind == "loramux":
                 self.llm.collective_rpc("loramux_begin", args=(version, str(path)))
-                while (state := self.llm.collective_rpc("loramux_advance", args=(version, 2**24))[0])[
-                    "state"
-                ] != "resident":
+                while (state := self.llm.collective_rpc("loramux_advance", args=(version,))[0])["state"] != "resident":
                     if state["state"] == "failed":
                         raise SystemExit(str(state))
         say(f"LOAD,{self.device},{self.kind},{source.name},{(time.time() - started) / count:.3f} s per adapter")

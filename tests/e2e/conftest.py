@@ -73,7 +73,7 @@ class Engine:
             artefact: Artefact = prepare(source, self._base, cache_dir() / "artefacts")
             version_id = len(self._requests) + 1
             self.rpc("loramux_begin", version_id, str(artefact.path))
-            while (progress := self.rpc("loramux_advance", version_id, 2**20))["state"] != "resident":
+            while (progress := self.rpc("loramux_advance", version_id))["state"] != "resident":
                 assert progress["state"] != "failed", progress
             self._requests[source] = LoRARequest(
                 lora_name=f"{source.name}@{artefact.short}", lora_int_id=version_id, lora_path=str(artefact.path)

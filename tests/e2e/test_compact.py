@@ -66,7 +66,7 @@ def right_answers(engine: Engine, base_path: Path, adapter: Path, task: Task) ->
 
 def resident_bytes(engine: Engine, adapter: Path, base: BaseModel, cache: Path, version_id: int) -> int:
     engine.rpc("loramux_begin", version_id, str(prepare(adapter, base, cache).path))
-    while (progress := engine.rpc("loramux_advance", version_id, 2**20))["state"] != "resident":
+    while (progress := engine.rpc("loramux_advance", version_id))["state"] != "resident":
         assert progress["state"] != "failed", progress
     return int(progress["bytes"])
 

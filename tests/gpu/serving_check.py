@@ -201,7 +201,7 @@ def main(dtype_name: str) -> int:
     for version, (name, source) in enumerate(sources.items(), start=1):
         artefact = prepare(source, base, folder / "artefacts")
         llm.collective_rpc("loramux_begin", args=(version, str(artefact.path)))
-        while (progress := llm.collective_rpc("loramux_advance", args=(version, 2**22))[0])["state"] != "resident":
+        while (progress := llm.collective_rpc("loramux_advance", args=(version,))[0])["state"] != "resident":
             if progress["state"] == "failed":
                 say(f"FAIL load {name}: {progress}")
                 return 1

@@ -9,8 +9,6 @@ from typing import Any, Protocol
 from loramux.errors import AdapterRefused, LoramuxError, PoolExhausted
 from loramux_adapters import Artefact
 
-#: One pause of the engine copies about this much: 3 ms at the speed of pageable host memory.
-PIECE_BYTES = 16 * 2**20
 _POLL_S = 0.005
 
 
@@ -34,7 +32,7 @@ class EngineDataPlane:
         """
         await self._call("loramux_begin", version_id, str(artefact.path))
         try:
-            while (progress := await self._call("loramux_advance", version_id, PIECE_BYTES))["state"] != "resident":
+            while (progress := await self._call("loramux_advance", version_id))["state"] != "resident":
                 if progress["state"] == "failed":
                     raise _as_error(progress["error"])
                 if progress["state"] == "reading":

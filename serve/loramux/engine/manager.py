@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,26 +13,14 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
-from loramux.engine.placement import BaseBiases, PoolArrays, pool_arrays
+from loramux.engine.loads import Arrived, Loads
 from loramux.engine.routing import RoutingMonitor
 from loramux.engine.settings import DataPlaneSettings
 from loramux.engine.wrappers import base_biases, find_sites, wrap
-from loramux_adapters import LoweredAdapter, open_artefact
-from loramux_adapters.token_gates import reservation
-from loramux_kernels import AdapterPool, KernelError, PoolFull
+from loramux.staging import Setup, Staging
+from loramux_kernels import AdapterPool
 
 logger = init_logger("vllm.loramux")
-
-
-@dataclass
-class _Load:
-    """A version on its way into the pool: read by a thread, copied piece by piece between steps."""
-
-    thread: threading.Thread | None = None
-    adapter: LoweredAdapter | None = None
-    error: dict[str, Any] | None = None
-    slot: int | None = None
-    todo: list[tuple[str, PoolArrays]] = field(default_factory=list)
 
 
 class AdapterManager:
@@ -51,11 +36,10 @@ class AdapterManager:
         self._settings = DataPlaneSettings.from_config(vllm_config.additional_config)
         self._device = device
         self._slots: dict[int, int] = {}  # version id -> slot
-        self._loads: dict[int, _Load] = {}
         self._in_dummy_run = False
-        self._base_biases: BaseBiases = {}
         self.missing: set[str] = set()
         self.pool: AdapterPool
+        self.loads: Loads
         self.routing: RoutingMonitor
 
     def install(self, model: nn.Module) -> nn.Module:
@@ -74,7 +58,8 @@ class AdapterManager:
             device=self._device,
         )
         self.routing = RoutingMonitor(self.pool)
-        self._base_biases = base_biases(model, specs)
+        setup = Setup(self.pool.geometry, base_biases(model, specs))
+        self.loads = Loads(self.pool, Staging(setup, pin=self._device.type == "cuda"))
         wrap(model, specs, self.pool.site_ids, [self.pool.h_width(i) for i in range(len(specs))])
         self.pool.warmup()
         logger.info("loramux: %d sites, %.0f MiB of adapter memory", len(specs), self.pool.capacity_bytes / 2**20)
@@ -119,49 +104,28 @@ class AdapterManager:
     # -- between engine steps: what the API process calls
 
     def begin(self, version_id: int, artefact: str) -> None:
-        """Start reading a lowered artefact in a thread."""
-        load = _Load()
-        load.thread = threading.Thread(target=self._read, args=(load, Path(artefact)), daemon=True)
-        self._loads[version_id] = load
-        load.thread.start()
+        """Have a lowered artefact read."""
+        self.loads.begin(version_id, artefact)
 
-    def advance(self, version_id: int, piece_bytes: int) -> dict[str, Any]:
-        """Copy about `piece_bytes` more; a bounded pause between two steps.
+    def advance(self, version_id: int) -> dict[str, Any]:
+        """Copy the next piece, if it has been read; a bounded pause between two steps.
 
-        Returns `{"state": "reading" | "copying" | "resident" | "failed", "bytes": …, "error": {…}}`.
+        Returns `{"state": "reading" | "copying" | "resident" | "failed", "bytes": …, "error": {…}}`. After "reading"
+        there was nothing to do.
         """
-        load = self._loads.get(version_id)
-        if load is None:
-            return _failed("internal_error", "this load was not begun or has ended")
-        if load.error is None and load.adapter is None:
-            return {"state": "reading"}
-        try:
-            if load.error is None:
-                self._copy(load, piece_bytes)
-                if load.slot is not None and not load.todo:
-                    self.pool.publish(load.slot)
-        except PoolFull as full:
-            load.error = {"code": "adapter_memory_full", "needed": full.needed_bytes, "free": full.free_bytes}
-        except KernelError as error:
-            load.error = {"code": "adapter_unservable", "message": str(error)}
-        except Exception as error:  # nothing may stay reserved, whatever went wrong
-            logger.exception("copying adapter version %d failed", version_id)
-            load.error = {"code": "internal_error", "message": f"The adapter could not be copied: {error}"}
-        if load.error is not None:
-            self._abandon(version_id, load)
-            return {"state": "failed", "error": load.error}
-        if load.todo or load.slot is None or load.adapter is None:
-            return {"state": "copying"}
-        self._slots[version_id] = load.slot
-        if load.adapter.gates:
-            self.routing.add_mixture(load.slot, version_id)
-        del self._loads[version_id]
-        return {"state": "resident", "bytes": self.pool.bytes_for(**reservation(load.adapter, self._base_biases))}
+        progress = self.loads.advance(version_id)
+        if isinstance(progress, Arrived):
+            self._slots[version_id] = progress.slot
+            if progress.mixture:
+                self.routing.add_mixture(progress.slot, version_id)
+            return {"state": "resident", "bytes": progress.nbytes}
+        if isinstance(progress, dict):
+            return {"state": "failed", "error": progress}
+        return {"state": progress}
 
     def remove(self, version_id: int) -> bool:
         """Free a version's memory. Rows that still name it are served by nobody (see `missing`)."""
-        if (load := self._loads.get(version_id)) is not None:
-            self._abandon(version_id, load)
+        self.loads.abandon(version_id)
         if (slot := self._slots.pop(version_id, None)) is None:
             return False
         self.routing.remove_slot(slot)
@@ -177,32 +141,6 @@ class AdapterManager:
             "resident": len(self._slots),
             "slots": pool.slots,
         }
-
-    def _read(self, load: _Load, artefact: Path) -> None:
-        try:
-            adapter = open_artefact(artefact)
-            pin = self._device.type == "cuda"
-            load.todo = [
-                (module, pool_arrays(site, adapter.gates, self._base_biases.get(module), self.pool.dtype, pin))
-                for module, site in adapter.sites.items()
-            ]
-            load.adapter = adapter
-        except Exception:  # this thread has no caller: every failure becomes the load's result
-            logger.exception("reading %s failed", artefact)
-            load.error = {"code": "adapter_unreadable", "message": "The prepared adapter could not be read."}
-
-    def _copy(self, load: _Load, piece_bytes: int) -> None:
-        assert load.adapter is not None
-        if load.slot is None:
-            load.slot = self.pool.reserve(**reservation(load.adapter, self._base_biases))
-        while load.todo and piece_bytes > 0:
-            module, arrays = load.todo.pop()
-            piece_bytes -= self.pool.write(load.slot, module, **vars(arrays))
-
-    def _abandon(self, version_id: int, load: _Load) -> None:
-        del self._loads[version_id]
-        if load.slot is not None:
-            self.pool.release(load.slot)
 
     # -- what vLLM's runners call on `runner.lora_manager`
 
@@ -248,7 +186,3 @@ class AdapterManager:
 
     def set_active_adapters(self, lora_requests: set[LoRARequest], mapping: object) -> None:
         """Reached only for multi-modal towers, which `supports_tower_connector_lora` rules out."""
-
-
-def _failed(code: str, message: str) -> dict[str, Any]:
-    return {"state": "failed", "error": {"code": code, "message": message}}

@@ -38,8 +38,8 @@ class LoramuxWorker(PlatformWorker):
     def loramux_begin(self, version_id: int, artefact: str) -> None:
         self._adapters.begin(version_id, artefact)
 
-    def loramux_advance(self, version_id: int, piece_bytes: int) -> dict[str, Any]:
-        return self._adapters.advance(version_id, piece_bytes)
+    def loramux_advance(self, version_id: int) -> dict[str, Any]:
+        return self._adapters.advance(version_id)
 
     def loramux_remove(self, version_id: int) -> bool:
         return self._adapters.remove(version_id)

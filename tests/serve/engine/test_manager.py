@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 import torch
 
+from loramux.engine.loads import Loads
 from loramux.engine.manager import AdapterManager
 from loramux.engine.routing import RoutingMonitor
 from loramux.engine.settings import DataPlaneSettings
+from loramux.staging import Setup, Staging
 from loramux_adapters.artefact import digest_of, write_artefact
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_kernels import AdapterPool, SiteSpec, expand, shrink
+
+from ..stagers import launch_thread
 
 SITES = [
     SiteSpec(name="qkv_proj", modules=("q_proj", "k_proj", "v_proj"), d_in=24, d_outs=(24, 12, 12)),
@@ -27,7 +31,22 @@ WIDTHS = {m: (s.d_in, d_out) for s in SITES for m, d_out in zip(s.modules, s.d_o
 ENOUGH = 2**20
 
 
-def make_manager(capacity_bytes: int = 2**20, slots: int = 4) -> AdapterManager:
+_made: list[AdapterManager] = []
+
+
+@pytest.fixture(autouse=True)
+def stagers_end() -> Iterator[None]:
+    yield
+    while _made:
+        _made.pop().loads.close()
+
+
+def make_manager(
+    capacity_bytes: int = 2**20,
+    slots: int = 4,
+    *,
+    setup: Mapping[str, Any] = {},
+) -> AdapterManager:
     settings = DataPlaneSettings(adapter_bytes=capacity_bytes, slots=slots, max_rank=16)
     manager = AdapterManager(SimpleNamespace(additional_config=settings.as_config()), torch.device("cpu"))  # type: ignore[arg-type]
     manager.pool = AdapterPool(
@@ -41,6 +60,9 @@ def make_manager(capacity_bytes: int = 2**20, slots: int = 4) -> AdapterManager:
         device="cpu",
     )
     manager.routing = RoutingMonitor(manager.pool)
+    options = {"base_biases": {}, "piece_bytes": ENOUGH, **setup}
+    manager.loads = Loads(manager.pool, Staging(Setup(manager.pool.geometry, **options), launch=launch_thread))
+    _made.append(manager)
     return manager
 
 
@@ -62,13 +84,13 @@ def artefact(tmp_path: Path) -> Callable[..., str]:
     return write
 
 
-def finish(manager: AdapterManager, version_id: int, piece_bytes: int = ENOUGH) -> list[dict[str, Any]]:
-    """Advance until the load has ended; all answers but the waiting for the reader."""
+def finish(manager: AdapterManager, version_id: int) -> list[dict[str, Any]]:
+    """Advance until the load has ended; all answers but the waiting for the stager."""
     answers: list[dict[str, Any]] = []
     deadline = time.monotonic() + 10
     while not answers or answers[-1]["state"] == "copying":
         assert time.monotonic() < deadline
-        progress = manager.advance(version_id, piece_bytes)
+        progress = manager.advance(version_id)
         if progress["state"] == "reading":
             time.sleep(0.001)
         else:
@@ -131,9 +153,7 @@ def test_magnitude_and_bias_are_served_and_the_bases_own_bias_stays(tmp_path: Pa
         "down_proj": LoweredSite(torch.ones(1, 40), torch.ones(1, 24), torch.ones(1)),
     }
     adapter = LoweredAdapter("dora", sites)
-    manager = make_manager()
-    if own is not None:
-        manager._base_biases = {"k_proj": own, "v_proj": own}
+    manager = make_manager(setup={} if own is None else {"base_biases": {"k_proj": own, "v_proj": own}})
     answer = load(manager, 1, str(write_artefact(adapter, "base", digest_of(adapter), tmp_path)))
     assert answer == {"state": "resident", "bytes": manager.pool.used_bytes}
     step(manager, [0, 1], [2, 3])
@@ -150,43 +170,58 @@ def test_magnitude_and_bias_are_served_and_the_bases_own_bias_stays(tmp_path: Pa
     assert torch.equal(y[:2], (linear + b0)[:2])
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 500, 2000, ENOUGH])
-def test_one_pause_copies_one_module_more_than_asked_at_most(
-    artefact: Callable[..., str], piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("piece_bytes", "pauses"), [(128, 26), (1152, 3), (2176, 2), (3328, 1)])
+def test_one_pause_copies_one_piece_and_all_pieces_are_the_adapter(
+    artefact: Callable[..., str], piece_bytes: int, pauses: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manager = make_manager()
+    """Also where a site is longer than a piece, or exactly as long; whatever the piece, the same is served."""
+    manager = make_manager(setup={"piece_bytes": piece_bytes})
     copied: list[int] = []
-    write = manager.pool.write
+    write = manager.pool.write_image
 
-    def counted(*args: Any, **arrays: Any) -> int:
-        copied.append(write(*args, **arrays))
-        return copied[-1]
+    def counted(slot: int, image: torch.Tensor) -> None:
+        copied.append(image.numel())
+        write(slot, image)
 
-    monkeypatch.setattr(manager.pool, "write", counted)
+    monkeypatch.setattr(manager.pool, "write_image", counted)
     manager.begin(1, artefact(1))
-    per_pause: list[list[int]] = []
-    while not per_pause or manager.list_adapters() == set():
-        copied.clear()
-        progress = manager.advance(1, piece_bytes)
+    while manager.list_adapters() == set():
+        before = len(copied)
+        progress = manager.advance(1)
         assert progress["state"] != "failed", progress
-        if progress["state"] == "reading":
-            time.sleep(0.001)
-            continue
-        per_pause.append(list(copied))
-    for pause in per_pause:
-        assert sum(pause[:-1]) < piece_bytes
-    assert sum(map(len, per_pause)) == len(WIDTHS)
-    if piece_bytes == 1:
-        assert max(map(len, per_pause)) == 1
-    if piece_bytes == ENOUGH:
-        assert len(per_pause) == 1
+        assert len(copied) <= before + 1
+        assert progress["state"] != "reading" or len(copied) == before
+    assert max(copied) <= piece_bytes and len(copied) == pauses
+    assert sum(copied) == progress["bytes"] == manager.pool.used_bytes
+    whole = make_manager()
+    load(whole, 1, artefact(1))
+    for each in (manager, whole):
+        step(each, [1], [3])
+    assert torch.equal(delta(manager, 3), delta(whole, 3))
+
+
+def test_one_pause_has_few_sites_however_small_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loramux.staging.stager.SITES_PER_PIECE", 1)
+    manager = make_manager()
+    described: list[int] = []
+    describe = manager.pool._describe
+    monkeypatch.setattr(manager.pool, "_describe", lambda slot, site: (described.append(site), describe(slot, site)))
+    site = LoweredSite(torch.ones(1, 24), torch.ones(1, 24), torch.ones(1))
+    down = LoweredSite(torch.ones(1, 40), torch.ones(1, 24), torch.ones(1))
+    adapter = LoweredAdapter("lora", {"q_proj": site, "down_proj": down})
+    manager.begin(1, str(write_artefact(adapter, "base", digest_of(adapter), tmp_path)))
+    while manager.list_adapters() == set():
+        before = len(described)
+        manager.advance(1)
+        assert len(described) <= before + 1
+    assert described == [0, 1]
 
 
 def test_nothing_is_served_before_all_is_copied(artefact: Callable[..., str]) -> None:
-    manager = make_manager()
+    manager = make_manager(setup={"piece_bytes": 128})
     manager.begin(1, artefact(1))
-    while manager.advance(1, 1)["state"] == "reading":
-        time.sleep(0.001)
+    while not manager.stats()["used_bytes"]:
+        assert manager.advance(1)["state"] in ("reading", "copying")
     step(manager, [1], [2])
     assert manager.missing == {"r0"}
     assert not delta(manager, 2).any()
@@ -237,10 +272,10 @@ def test_what_the_pool_cannot_hold_leaves_nothing_reserved(
     assert (answer["state"], answer["error"]["code"]) == ("failed", code)
     assert manager.stats()["used_bytes"] == 0
     assert manager.pool.free_slots == 4
-    assert manager.advance(1, ENOUGH)["state"] == "failed"  # the load is over
+    assert manager.advance(1)["state"] == "failed"  # the load is over
 
 
-@pytest.mark.parametrize("name", ["publish", "write"])
+@pytest.mark.parametrize("name", ["publish", "write_image"])
 def test_a_failure_nobody_thought_of_leaves_nothing_reserved(
     artefact: Callable[..., str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,14 +302,13 @@ def test_an_unreadable_artefact_fails_without_its_path(tmp_path: Path, content: 
 
 
 def test_a_load_that_is_removed_half_way_keeps_nothing(artefact: Callable[..., str]) -> None:
-    manager = make_manager()
+    manager = make_manager(setup={"piece_bytes": 128})
     manager.begin(1, artefact(1))
-    while manager.advance(1, 1)["state"] == "reading":
-        time.sleep(0.001)
-    assert manager.stats()["used_bytes"] > 0
+    while not manager.stats()["used_bytes"]:
+        assert manager.advance(1)["state"] in ("reading", "copying")
     manager.remove(1)
     assert manager.stats()["used_bytes"] == 0
-    assert manager.advance(1, ENOUGH)["state"] == "failed"
+    assert manager.advance(1)["state"] == "failed"
 
 
 def test_a_row_whose_version_is_unknown_is_reported_and_gets_no_other_adapter(artefact: Callable[..., str]) -> None:

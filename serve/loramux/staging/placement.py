@@ -17,7 +17,7 @@ from loramux_adapters.token_gates import router_rows, row_owners
 
 @dataclass(frozen=True, eq=False)
 class PoolArrays:
-    """Arguments of `AdapterPool.write` for one module."""
+    """Arguments of `SlotWeights.fill` for one module."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -32,23 +32,15 @@ BaseBiases = Mapping[str, torch.Tensor]
 """Module -> the bias b0 [d_out] that its base layer adds to its output, float32 on the host."""
 
 
-def pool_arrays(
-    site: LoweredSite, gates: Mapping[str, Gate], base_bias: torch.Tensor | None, dtype: torch.dtype, pin: bool
-) -> PoolArrays:
-    """Copies in the pool's dtypes: off the mapped file, whose page faults would stall a step."""
-
-    def staged(tensor: torch.Tensor, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(tensor.shape, dtype=dtype, pin_memory=pin).copy_(tensor)
-
-    router = expert = mag = bias = None
+def pool_arrays(site: LoweredSite, gates: Mapping[str, Gate], base_bias: torch.Tensor | None) -> PoolArrays:
+    """In the dtypes of the file: who fills the pool's arrays with them converts."""
+    router = expert = bias = None
     if site.gate is not None:
         gate = gates[site.gate]
-        router, expert = staged(router_rows(gate)), row_owners(gate, site)
-    if site.magnitude is not None:
-        mag = staged(site.magnitude, torch.float32)
+        router, expert = router_rows(gate), row_owners(gate, site)
     if site.shifts(base_bias is not None):
-        bias = staged(_bias(site, base_bias), torch.float32)
-    return PoolArrays(staged(site.expanded_a), staged(site.b), site.scale, router, expert, mag, bias)
+        bias = _bias(site, base_bias)
+    return PoolArrays(site.expanded_a, site.b, site.scale, router, expert, site.magnitude, bias)
 
 
 def _bias(site: LoweredSite, base_bias: torch.Tensor | None) -> torch.Tensor:
