@@ -5,8 +5,9 @@
 A random-weight Llama is written to a temporary folder. torch.compile and CUDA graphs are on, as users run them; on CUDA
 float32 uses the Triton attention backend, the only one there that computes float32. Ends with OK, or FAIL and status 1.
 
-The reference is the Hugging Face model with a forward hook per adapted linear: y += s · B (A x), and for the mixture
-y += Σ_e g_e s · B_e (A_e x) with g the renormalised two largest of softmax(W x), written from the formulas.
+The reference is the Hugging Face model with a forward hook per adapted linear, written from the formulas:
+y += s · B (A x); DoRA y ← m / ‖W0 + s B A‖_row ⊙ (y + s · B (A x)); mixtures y += Σ_e g_e s · B_e (A_e x) with
+g = softmax(W x), or its two largest, renormalised.
 float32: greedy tokens equal, |Δ logprob| < 1e-3. bfloat16: the same tokens are scored by a float32 reference;
 adapted rows may deviate from it no more than twice as far as the base rows of the same batch do, whose deviation is
 bfloat16's own.
@@ -19,6 +20,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,11 @@ ADAPTERS: dict[str, tuple[int, tuple[str, ...]]] = {
     "r5_mlp": (5, ("gate_proj", "down_proj")),
     "r1_v": (1, ("v_proj",)),
 }
-MIXTURE, EXPERT_RANKS, TOP_K = "mixture", (8, 4, 12, 16), 2
+DORA = {"r8_dora": (8, ALL)}
+# Experts per token; all of them: a gate without a step, where rounding decides no route.
+MIXTURES = {"mixture": 2, "soft_mixture": 4}
+EXPERT_RANKS = (8, 4, 12, 16)
+Hook = Callable[[Any, Any, torch.Tensor], torch.Tensor]
 
 
 def say(line: str) -> None:
@@ -65,7 +71,9 @@ def write_model(folder: Path, dtype: torch.dtype) -> None:
     LlamaForCausalLM(LlamaConfig(**SHAPE)).to(dtype).save_pretrained(folder)
 
 
-def write_adapter(folder: Path, rank: int, targets: tuple[str, ...], linears: dict[str, Any], seed: int) -> None:
+def write_adapter(
+    folder: Path, rank: int, targets: tuple[str, ...], linears: dict[str, Any], seed: int, *, dora: bool = False
+) -> None:
     folder.mkdir()
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -74,12 +82,16 @@ def write_adapter(folder: Path, rank: int, targets: tuple[str, ...], linears: di
             key = f"base_model.model.{name}"
             tensors[f"{key}.lora_A.weight"] = torch.randn(rank, linear.in_features, generator=generator) * 0.03
             tensors[f"{key}.lora_B.weight"] = torch.randn(linear.out_features, rank, generator=generator) * 0.03
+            if dora:
+                lengths = linear.weight.detach().float().norm(dim=1).cpu()
+                factors = 0.5 + torch.rand(linear.out_features, generator=generator)
+                tensors[f"{key}.lora_magnitude_vector"] = lengths * factors
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(targets)}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(targets), "use_dora": dora}
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def write_mixture(path: Path, linears: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+def write_mixture(path: Path, linears: dict[str, Any], top_k: int, seed: int) -> dict[str, torch.Tensor]:
     """A native file of experts with unequal ranks; returns its experts' tensors for the reference."""
     from loramux_adapters import LoweredAdapter, LoweredSite
     from loramux_adapters.gate import Gate, Select
@@ -95,20 +107,29 @@ def write_mixture(path: Path, linears: dict[str, Any], seed: int) -> dict[str, t
         b = torch.randn(sum(EXPERT_RANKS), linear.out_features, generator=generator) * 0.03
         router = torch.randn(len(EXPERT_RANKS), linear.in_features, generator=generator) * 0.2
         tensors |= {f"{name}.A": a, f"{name}.B": b, f"{name}.router": router}
-        gates[name] = Gate(router, select=Select.TOP_K, k=TOP_K)
+        gates[name] = Gate(router, select=Select.TOP_K, k=top_k)
         expert = torch.repeat_interleave(torch.arange(len(ranks), dtype=torch.int32), ranks)
         sites[name] = LoweredSite(a, b, torch.full((len(a),), 2.0), gate=name, expert=expert)
     write_native(path, LoweredAdapter("mixture", sites, gates=gates), "model")
     return tensors
 
 
-def mixture_hook(a: torch.Tensor, b: torch.Tensor, router: torch.Tensor) -> Any:
-    """A forward hook, expert by expert."""
+def lora_hook(a: torch.Tensor, b: torch.Tensor) -> Hook:
+    return lambda _, inputs, y: y + 2.0 * (inputs[0] @ a.T) @ b.T
+
+
+def dora_hook(a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor, weight: torch.Tensor) -> Hook:
+    lengths = (weight + 2.0 * b @ a).norm(dim=1)
+    return lambda _, inputs, y: magnitude / lengths * (y + 2.0 * (inputs[0] @ a.T) @ b.T)
+
+
+def mixture_hook(a: torch.Tensor, b: torch.Tensor, router: torch.Tensor, top_k: int) -> Hook:
+    """Expert by expert."""
 
     def hook(_: Any, inputs: Any, y: torch.Tensor) -> torch.Tensor:
         x = inputs[0]
         p = torch.softmax(x @ router.T, -1)
-        chosen = torch.zeros_like(p).scatter(-1, p.topk(TOP_K, -1).indices, 1.0)
+        chosen = torch.zeros_like(p).scatter(-1, p.topk(top_k, -1).indices, 1.0)
         gates = p * chosen / (p * chosen).sum(-1, keepdim=True)
         first = 0
         for e, rank in enumerate(EXPERT_RANKS):
@@ -129,25 +150,29 @@ class Reference:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
         self.linears = {n: m for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.device = device
-        self.mixture: dict[str, torch.Tensor] = {}
+        self.mixtures: dict[str, dict[str, torch.Tensor]] = {}
+
+    def hooks(self, adapter: Path) -> dict[str, Hook]:
+        """By the name of the linear."""
+        mixture = adapter.suffix != ""
+        found = self.mixtures[adapter.stem] if mixture else load_file(adapter / "adapter_model.safetensors")
+        weights = {name: tensor.to(self.device) for name, tensor in found.items()}
+        made: dict[str, Hook] = {}
+        for name, linear in self.linears.items():
+            key = f"base_model.model.{name}"
+            if mixture and f"{name}.A" in weights:
+                parts = (weights[f"{name}.{part}"] for part in ("A", "B", "router"))
+                made[name] = mixture_hook(*parts, MIXTURES[adapter.stem])
+            elif f"{key}.lora_A.weight" in weights:
+                a, b = weights[f"{key}.lora_A.weight"], weights[f"{key}.lora_B.weight"]
+                magnitude = weights.get(f"{key}.lora_magnitude_vector")
+                made[name] = lora_hook(a, b) if magnitude is None else dora_hook(a, b, magnitude, linear.weight)
+        return made
 
     def logprobs(self, prompt: list[int], answer: list[int], adapter: Path | None) -> torch.Tensor:
         """Log-probabilities [answer, vocabulary] of each next token, given what came before it."""
-        handles = []
-        if adapter is not None and adapter.suffix:
-            parts = {k: v.to(self.device) for k, v in self.mixture.items()}
-            for name, linear in self.linears.items():
-                if f"{name}.A" in parts:
-                    hook = mixture_hook(parts[f"{name}.A"], parts[f"{name}.B"], parts[f"{name}.router"])
-                    handles.append(linear.register_forward_hook(hook))
-        elif adapter is not None:
-            weights = {k: v.to(self.device) for k, v in load_file(adapter / "adapter_model.safetensors").items()}
-            for name, linear in self.linears.items():
-                key = f"base_model.model.{name}"
-                if f"{key}.lora_A.weight" in weights:
-                    a, b = weights[f"{key}.lora_A.weight"], weights[f"{key}.lora_B.weight"]
-                    hook = lambda _, inputs, y, a=a, b=b: y + 2.0 * (inputs[0] @ a.T) @ b.T  # noqa: E731
-                    handles.append(linear.register_forward_hook(hook))
+        hooks = self.hooks(adapter) if adapter is not None else {}
+        handles = [self.linears[name].register_forward_hook(hook) for name, hook in hooks.items()]
         try:
             with torch.inference_mode():
                 ids = torch.tensor([prompt + answer], device=self.device)
@@ -164,12 +189,13 @@ def main(dtype_name: str) -> int:
     folder = Path(tempfile.mkdtemp())
     write_model(folder / "model", dtype)
     reference = Reference(folder / "model", device)
-    for seed, (name, (rank, targets)) in enumerate(ADAPTERS.items()):
-        write_adapter(folder / name, rank, targets, reference.linears, seed)
-    sources = {name: folder / name for name in ADAPTERS}
-    if dtype is torch.float32:  # in bfloat16 rounding decides routes, and no tolerance would mean anything
-        sources[MIXTURE] = folder / "mixture.safetensors"
-        reference.mixture = write_mixture(sources[MIXTURE], reference.linears, seed=99)
+    for seed, (name, (rank, targets)) in enumerate((ADAPTERS | DORA).items()):
+        write_adapter(folder / name, rank, targets, reference.linears, seed, dora=name in DORA)
+    sources = {name: folder / name for name in ADAPTERS | DORA}
+    for seed, (name, top_k) in enumerate(MIXTURES.items(), start=99):
+        if dtype is torch.float32 or top_k == len(EXPERT_RANKS):  # in bfloat16 rounding would decide the others' routes
+            sources[name] = folder / f"{name}.safetensors"
+            reference.mixtures[name] = write_mixture(sources[name], reference.linears, top_k, seed)
 
     import vllm
     from vllm import LLM, SamplingParams
