@@ -30,8 +30,8 @@ class EngineDataPlane:
 
         Raises PoolExhausted, AdapterRefused.
         """
-        await self._call("loramux_begin", version_id, str(artefact.path))
         try:
+            await self._call("loramux_begin", version_id, str(artefact.path))
             while (progress := await self._call("loramux_advance", version_id))["state"] != "resident":
                 if progress["state"] == "failed":
                     raise _as_error(progress["error"])
