@@ -5,7 +5,10 @@
 32 requests decode under 8 resident adapters (rank 16, all seven projections; Llama-3-8B shapes, random weights), first
 alone, then while other adapters are loaded and removed one after the other: ours through the data plane's pieces, stock
 vLLM through its own `add_lora`. `small` is a two-layer model, to try the script on a CPU. Rows are CSV on standard
-output: device, engine, loads during the run, and the time between two tokens of a request in ms at p50, p90 and p99.
+output: device, engine, loads during the run, and the time between two tokens of a request in ms at p50, p90 and p99;
+then, as LOADS, seconds of a load at the median and the longest, and p99 beside loads as a multiple of p99 without.
+A load that fails ends the script, with its error. Should the process that reads adapters die, its traceback and lines
+with "the process that reads adapters" are on standard error.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import engine_decode
@@ -76,14 +80,15 @@ async def gaps(engine: Any, requests: list[Any], round_: str) -> list[float]:
 
 
 @asynccontextmanager
-async def loading(load: Load, remove: Load) -> AsyncIterator[list[int]]:
-    """Load and remove other adapters until the end; yields what was loaded so far."""
-    done: list[int] = []
+async def loading(load: Load, remove: Load) -> AsyncIterator[list[float]]:
+    """Load and remove other adapters until the end; yields the seconds of each load so far. Raises what a load does."""
+    done: list[float] = []
 
     async def churn() -> None:
         for version_id in itertools.count(1000):
+            started = time.perf_counter()
             await load(version_id)
-            done.append(version_id)
+            done.append(time.perf_counter() - started)
             await remove(version_id)
 
     task = asyncio.create_task(churn())
@@ -91,7 +96,8 @@ async def loading(load: Load, remove: Load) -> AsyncIterator[list[int]]:
         yield done
     finally:
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 async def main(kind: str) -> None:
@@ -151,13 +157,17 @@ async def main(kind: str) -> None:
     resident = [request(version_id) for version_id in range(1, RESIDENT + 1)]
     device = torch.cuda.get_device_name().replace(",", " ") if torch.cuda.is_available() else "CPU"
     await gaps(engine, resident, "warm")
-    rows = {"none": (0, await gaps(engine, resident, "alone"))}
-    async with loading(load, remove) as done:
+    alone = await gaps(engine, resident, "alone")
+    async with loading(load, remove) as seconds:
         beside = await gaps(engine, resident, "beside")
-        rows["beside"] = (len(done), beside)
-    for loads, times in rows.values():
-        p50, p90, p99 = (float(p) * 1e3 for p in torch.tensor(times).quantile(torch.tensor([0.5, 0.9, 0.99])))
-        say(f"ROW,{device},{kind},{loads},{p50:.2f},{p90:.2f},{p99:.2f}")
+    if not seconds:
+        raise SystemExit("no load ended while the requests ran")
+    p99 = []
+    for loads, times in ((0, alone), (len(seconds), beside)):
+        quantiles = [float(p) * 1e3 for p in torch.tensor(times).quantile(torch.tensor([0.5, 0.9, 0.99]))]
+        say(f"ROW,{device},{kind},{loads},{','.join(f'{value:.2f}' for value in quantiles)}")
+        p99.append(quantiles[-1])
+    say(f"LOADS,{device},{kind},{median(seconds):.3f},{max(seconds):.3f},{p99[1] / p99[0]:.3f}")
     engine.shutdown()
 
 
