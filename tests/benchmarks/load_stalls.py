@@ -1,6 +1,6 @@
 """What loads cost the thread that runs the engine's steps, measured without a GPU and without starting an engine.
 
-    PYTHONPATH=serve:adapters:kernels python tests/benchmarks/load_stalls.py [plain] [mixture] [runs=3]
+    PYTHONPATH=serve:adapters:kernels python tests/benchmarks/load_stalls.py [plain] [mixture] [runs=3] [device=cpu]
 
 A stand-in for the engine's loop runs steps of about 9 ms: 3 ms of Python and small tensor operations, in which the
 lock of the interpreter is given away and wanted back as in a real step, then 6 ms of waiting, as for a GPU. Between two
@@ -58,7 +58,7 @@ def sites() -> list[SiteSpec]:
     return found
 
 
-def make_manager(capacity_bytes: int) -> AdapterManager:
+def make_manager(capacity_bytes: int, device: str) -> AdapterManager:
     settings = DataPlaneSettings(adapter_bytes=capacity_bytes, slots=8, max_rank=EXPERTS * RANK)
     config: Any = SimpleNamespace(additional_config=settings.as_config())
     manager = AdapterManager(config, torch.device("cpu"))
@@ -70,11 +70,11 @@ def make_manager(capacity_bytes: int) -> AdapterManager:
         max_tokens=64,
         max_requests=64,
         dtype=torch.bfloat16,
-        device="meta",  # copies to it are issued, and done by nobody: as on a GPU, as far as the host is concerned
-        backend="triton",
+        device=device,
+        backend="triton" if device == "meta" else None,
     )
     manager.routing = RoutingMonitor(manager.pool)
-    manager.loads = Loads(manager.pool, Staging(Setup(manager.pool.geometry, {})))
+    manager.loads = Loads(manager.pool, Staging(Setup.of(manager.pool, {})))
     return manager
 
 
@@ -167,14 +167,14 @@ def quantiles(times: list[float]) -> str:
     return ",".join(f"{value * 1e3:.2f}" for value in values)
 
 
-def main(kinds: list[str], runs: int) -> None:
+def main(kinds: list[str], runs: int, device: str) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for kind in kinds:
             source = Path(folder) / f"{kind}.safetensors"
             artefact = as_artefact(write_plain(source) if kind == "plain" else write_mixture(source))
             source.unlink()
-            manager = make_manager((1 if kind == "plain" else 2) * 2**30)
+            manager = make_manager((1 if kind == "plain" else 2) * 2**30, device)
             loop = Loop(manager)
             for _ in range(runs):
                 loop.calls.clear()
@@ -195,4 +195,4 @@ def main(kinds: list[str], runs: int) -> None:
 if __name__ == "__main__":
     options = dict(argument.split("=") for argument in sys.argv[1:] if "=" in argument)
     kinds = [argument for argument in sys.argv[1:] if "=" not in argument]
-    main(kinds or ["plain", "mixture"], int(options.get("runs", 3)))
+    main(kinds or ["plain", "mixture"], int(options.get("runs", 3)), options.get("device", "meta"))

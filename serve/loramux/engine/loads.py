@@ -144,7 +144,7 @@ class Loads:
 
     def _again(self, load: _Load) -> None:
         """The stager has died: another one, and the load from its start, unless that has been tried."""
-        logger.warning("the process that reads adapters has ended while it read %s", load.artefact)
+        logger.warning("the process that reads adapters has ended while %s was loaded: starting another", load.artefact)
         load.stagers += 1
         self._drop(load)
         load.attempt, load.staged = None, False

@@ -58,7 +58,7 @@ class AdapterManager:
             device=self._device,
         )
         self.routing = RoutingMonitor(self.pool)
-        setup = Setup(self.pool.geometry, base_biases(model, specs))
+        setup = Setup.of(self.pool, base_biases(model, specs))
         self.loads = Loads(self.pool, Staging(setup, pin=self._device.type == "cuda"))
         wrap(model, specs, self.pool.site_ids, [self.pool.h_width(i) for i in range(len(specs))])
         self.pool.warmup()

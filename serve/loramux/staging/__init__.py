@@ -3,6 +3,7 @@
     placement   the one form -> the arrays that the pool takes        stager    that process: file -> pieces of images
     buffer      memory that both processes map, cut into pieces       staging   the engine's end of it
     messages    what the two say to each other                        launch    that process, started
+    channel     how the engine says and hears it without waiting
 
 Why a process: reading an adapter is thousands of small steps in Python. In a thread of the engine's process each of
 them takes the interpreter's lock from the thread that runs the steps, which waits up to 5 ms for it every time.

@@ -17,7 +17,8 @@ from loramux.staging.stager import Stager
 
 def main(connection: int, buffer: int, setup: int) -> None:
     with suppress(OSError, AttributeError):
-        os.nice(5)  # where cores are few, steps come first
+        os.nice(5)  # where cores are few, steps come first,
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # and are not interrupted to read a message
     torch.set_num_threads(1)
     with os.fdopen(setup, "rb") as file:
         file.seek(0)  # it is the engine's descriptor, which has written

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loramux.staging.placement import BaseBiases
-from loramux_kernels import Geometry, Layouts
+from loramux_kernels import AdapterPool, Geometry, Layouts
 
 PIECE_BYTES = 8 * 2**20
 """What the engine issues between two steps, and an urgent copy may have to wait for: 0.2 ms on a link of 40 GB/s."""
+CPU_PIECE_BYTES = 2**20
+"""The same where the engine's thread does the copy, into memory that nobody may have touched yet: 0.5 ms."""
 PIECES = 4
 
 
@@ -20,6 +22,11 @@ class Setup:
     base_biases: BaseBiases
     piece_bytes: int = PIECE_BYTES
     pieces: int = PIECES
+
+    @classmethod
+    def of(cls, pool: AdapterPool, base_biases: BaseBiases) -> Setup:
+        piece_bytes = CPU_PIECE_BYTES if pool.device.type == "cpu" else PIECE_BYTES
+        return cls(pool.geometry, base_biases, piece_bytes)
 
 
 # -- engine -> stager
@@ -41,6 +48,9 @@ class Free:
     """The stager may write into this piece of the buffer. All are the engine's at first."""
 
     piece: int
+
+
+ToStager = Load | Cancel | Free
 
 
 # -- stager -> engine, in this order: Planned, any number of Staged; Failed ends a load at any time
@@ -73,3 +83,6 @@ class Failed:
     code: str
     message: str
     detail: str = ""
+
+
+ToEngine = Planned | Staged | Failed

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loramux.staging.buffer import StagingBuffer
-from loramux.staging.messages import Cancel, Failed, Free, Load, Planned, Setup, Staged
+from loramux.staging.messages import Cancel, Failed, Free, Load, Planned, Setup, Staged, ToEngine
 from loramux.staging.placement import pool_arrays
 from loramux_adapters import LoweredAdapter, open_artefact
 from loramux_adapters.token_gates import reservation
@@ -144,7 +144,7 @@ class Stager:
                 if load == self._at_work:
                     raise _Cancelled
 
-    def _send(self, message: Planned | Staged | Failed) -> None:
+    def _send(self, message: ToEngine) -> None:
         try:
             self._connection.send(message)
         except OSError:

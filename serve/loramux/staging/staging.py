@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Connection
+from socket import socketpair
 
 from torch import Tensor
 
 from loramux.staging.buffer import StagingBuffer
+from loramux.staging.channel import Channel
 from loramux.staging.launch import launch_process
-from loramux.staging.messages import Cancel, Failed, Free, Load, Planned, Setup, Staged
+from loramux.staging.messages import Cancel, Free, Load, Setup, Staged, ToEngine, ToStager
 
 Launch = Callable[[Connection, StagingBuffer, Setup], Callable[[], object]]
 """Start a stager with its end of the connection, which the caller closes; returns what ends it, for good."""
@@ -41,11 +43,10 @@ class Staging:
         with suppress(StagingEnded):  # which ends every load
             self._send(Cancel(load))
 
-    def receive(self, load: int) -> Planned | Staged | Failed | None:
+    def receive(self, load: int) -> ToEngine | None:
         """The next message about `load`, if there is one. Raises StagingEnded."""
         try:
-            while self._connection.poll():
-                message: Planned | Staged | Failed = self._connection.recv()
+            while (message := self._channel.receive()) is not None:
                 if isinstance(message, Staged):
                     self._held.add(message.piece)
                 if message.load == load:
@@ -77,19 +78,20 @@ class Staging:
         self._buffer.close()
 
     def _start(self) -> None:
-        self._connection, theirs = Pipe()
-        with theirs:
+        ours, end = socketpair()
+        self._channel = Channel(ours)
+        with Connection(end.detach()) as theirs:
             self._end = self._launch(theirs, self._buffer, self._setup)
         for piece in range(self._setup.pieces):
             if piece not in self._held:
                 self.give_back(piece)
 
     def _stop(self) -> None:
-        self._connection.close()
+        self._channel.close()
         self._end()
 
-    def _send(self, message: Load | Cancel | Free) -> None:
+    def _send(self, message: ToStager) -> None:
         try:
-            self._connection.send(message)
+            self._channel.send(message)
         except OSError:
             raise StagingEnded from None
