@@ -122,6 +122,13 @@ def test_example_accuracies_are_the_measured_ones() -> None:
 MARGIN = float(re.search(r"at least (\d+) points", README)[1]) / 100  # type: ignore[index]
 
 
+def test_what_loads_cost_is_what_was_measured() -> None:
+    with (ROOT / "tests" / "benchmarks" / "results" / "engine_loads.csv").open() as file:
+        alone, beside = [row for row in csv.DictReader(file) if row["engine"] == "loramux"][-2:]
+    assert alone["loads"] == "0"
+    assert f"is {alone['p99_ms']} ms, and\n{beside['p99_ms']} ms while {beside['loads']} other adapters" in README
+
+
 def test_speeds_are_the_measured_ones() -> None:
     newest: dict[tuple[str, str, int, int], dict[str, str]] = {}
     with (ROOT / "tests" / "benchmarks" / "results" / "engine_decode.csv").open() as file:
