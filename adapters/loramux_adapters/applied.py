@@ -11,6 +11,7 @@ import torch
 
 from loramux_adapters.gate import Gate
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
+from loramux_adapters.tasks import at_task
 from loramux_adapters.token_gates import router_rows, row_owners, token_gate
 from loramux_kernels.cpu.gate import gate as weigh
 
@@ -59,6 +60,7 @@ class AppliedSite:
 @contextmanager
 def applied(model: Any, adapter: LoweredAdapter, observe: Observer | None = None) -> Iterator[None]:
     """Within, `model` (a float32 transformers model of the adapter's base) computes with the adapter."""
+    adapter = at_task(adapter)
     handles = [
         model.get_submodule(name).register_forward_hook(_hook(name, site, adapter, observe))
         for name, site in adapter.sites.items()

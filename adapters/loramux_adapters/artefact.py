@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterNotFound, shown
 from loramux_adapters.lowered import LoweredAdapter
 from loramux_adapters.native import METADATA_KEY, SUFFIX, digest_of, read_native, write_native
+from loramux_adapters.tasks import at_task, task_count
 from loramux_adapters.verify import check_form
 
 # A writer that was killed leaves its temporary file; an hour is longer than any write takes.
@@ -31,6 +32,7 @@ class AdapterSummary:
     dtype: str
     warnings: tuple[str, ...]
     base: str
+    tasks: int = 0  # that a request may choose from
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def summarise(adapter: LoweredAdapter, base: str) -> AdapterSummary:
         dtype=adapter.dtype,
         warnings=adapter.warnings,
         base=base,
+        tasks=task_count(adapter),
     )
 
 
@@ -72,8 +75,16 @@ def write_artefact(adapter: LoweredAdapter, base: str, digest: str, cache: Path)
     return write_native(artefact_path(cache, digest), adapter, base, digest)
 
 
-def open_artefact(path: Path) -> LoweredAdapter:
-    """Map an artefact into memory. Pages are read when they are touched, so this is cheap for any size.
+def open_artefact(path: Path, task: int | None = None) -> LoweredAdapter:
+    """Map an artefact into memory, as it is served: of an adapter for several tasks, `task` or its default one.
+
+    Pages are read when they are touched, so this is cheap for any size. Raises as `stored`.
+    """
+    return at_task(stored(path), task)
+
+
+def stored(path: Path) -> LoweredAdapter:
+    """What an artefact holds, with all of its tasks; mapped into memory.
 
     Raises AdapterNotFound, or AdapterCorrupt when the file is not a sound native file or its digest is not its name.
     The bytes of the tensors are not hashed here.
@@ -95,7 +106,7 @@ def open_artefact(path: Path) -> LoweredAdapter:
 def is_intact(path: Path, digest: str) -> bool:
     """Whether the artefact is there and its content has this digest (reads and hashes all of it)."""
     try:
-        return digest_of(open_artefact(path)) == digest
+        return digest_of(stored(path)) == digest
     except (AdapterCorrupt, AdapterNotFound):
         return False
 

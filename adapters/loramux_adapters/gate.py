@@ -96,6 +96,7 @@ class Gate:
     """One router and what is done with its scores. Equations in the module's docstring.
 
     weights          [E, d_src], [E, width of the last hidden layer], or for a task table the scores [tasks, E]
+    task             task table: whose scores count where a request names no task
     bias             [E]
     hidden           pairs of W [h, width before] and c [h]: a router that is an MLP (X-LoRA)
     pool             LAYER_INPUT only; ATTENTION needs `pool_weight` [d_src]
@@ -136,6 +137,7 @@ class Gate:
     value: GateValue = GateValue.PROBABILITY
     expert_map: torch.Tensor | None = None
     capacity: Capacity | None = None
+    task: int | None = None
 
     @property
     def scored(self) -> int:
@@ -151,6 +153,11 @@ class Gate:
     def weights_given(self) -> int:
         """How many weights a token gets: what an index in a site's `expert` may name."""
         return self.experts if self.expert_map is None else self.experts + self.scored
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks a request may choose from; 0 if none decides."""
+        return self.weights.shape[0] if self.kind is GateKind.TASK else 0
 
     @property
     def width(self) -> int | None:

@@ -245,7 +245,7 @@ def _describe_gate(gate: Gate) -> dict[str, Any]:
     # StrEnum is a str to json, but its plain value keeps equal descriptions equal to one that was read.
     values: dict[str, Any] = {name: getattr(gate, name) for name in _GATE_ENUMS}
     values |= {name: None if (v := getattr(gate, name)) is None else float(v) for name in _GATE_NUMBERS}
-    described = without_defaults(values | {"k": gate.k}, _GATE_DEFAULTS)
+    described = without_defaults(values | {"k": gate.k, "task": gate.task}, _GATE_DEFAULTS)
     if gate.hidden:
         described["hidden"] = len(gate.hidden)
     if gate.capacity is not None:
@@ -264,7 +264,7 @@ def _read_gate(name: str, entry: Fields, tensors: _Tensors) -> Gate:
             values[field] = entry.choice(field, kind, _GATE_DEFAULTS[field])
         for field in _GATE_NUMBERS:
             values[field] = entry.number(field, _GATE_DEFAULTS[field])
-        values["k"] = entry.integer("k", None)
+        values["k"], values["task"] = entry.integer("k", None), entry.integer("task", None)
         hidden = entry.integer("hidden", 0)
         if not 0 <= hidden <= MAX_HIDDEN:
             raise invalid(entry.place("hidden"), hidden, f"must be the number of hidden layers, 0 to {MAX_HIDDEN}")

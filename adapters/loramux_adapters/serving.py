@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from loramux_adapters.errors import AdapterUnsupportedFeature, shown
 from loramux_adapters.gate import Gate, GateKind, GateSource, GateValue, Norm, PostMap, PreMap, Select
 from loramux_adapters.lowered import LoweredAdapter
+from loramux_adapters.tasks import unserved_in_table
 from loramux_adapters.token_gates import used_weights
 
 MAX_EXPERTS = 16
@@ -39,11 +40,16 @@ def _obstacles(adapter: LoweredAdapter) -> Iterator[tuple[str, str]]:
         for field in ("carry", "variance"):
             if getattr(site, field) is not None:
                 yield f"sites.{module}.{field}", "is not run yet"
-        if site.gate is not None and (count := len(used_weights(adapter.gates[site.gate], site))) > MAX_EXPERTS:
+        if site.gate is None or (gate := adapter.gates[site.gate]).kind is GateKind.TASK:
+            continue
+        if (count := len(used_weights(gate, site))) > MAX_EXPERTS:
             yield f"sites.{module}.expert", f"{count} groups and single experts are more than {MAX_EXPERTS}"
 
 
 def _gate_obstacles(gate: Gate) -> Iterator[tuple[str, str]]:
+    if gate.kind is GateKind.TASK:
+        yield from _table_obstacles(gate)
+        return
     for field, served in (
         ("kind", (GateKind.TOKEN,)),
         ("source", (GateSource.SITE_INPUT,)),
@@ -53,7 +59,7 @@ def _gate_obstacles(gate: Gate) -> Iterator[tuple[str, str]]:
         ("value", (GateValue.PROBABILITY, GateValue.ONE)),
     ):
         if (value := getattr(gate, field)) not in served:
-            yield field, _question(gate) if value is GateKind.TASK else _REASONS.get(value, f"{value} is not run yet")
+            yield field, _REASONS.get(value, f"{value} is not run yet")
     for field, present in (
         ("bias", gate.bias is not None),
         ("hidden", bool(gate.hidden)),
@@ -66,6 +72,9 @@ def _gate_obstacles(gate: Gate) -> Iterator[tuple[str, str]]:
         yield "weights", f"{gate.scored} experts are more than {most}"
 
 
-def _question(gate: Gate) -> str:
-    """What the user has to say before an adapter for several tasks can be served."""
-    return f'which task? Say it as "task_id", 0 to {gate.weights.shape[0] - 1}, in adapter_config.json (MOELoRA)'
+def _table_obstacles(gate: Gate) -> Iterator[tuple[str, str]]:
+    """A task's weights become scales (`tasks.py`), but somebody has to say which task."""
+    if gate.task is None:
+        last = gate.tasks - 1
+        yield "task", f'which task? Say whose answers are the default as "task_id", 0 to {last}, in adapter_config.json'
+    yield from unserved_in_table(gate)

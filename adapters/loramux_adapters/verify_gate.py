@@ -66,6 +66,8 @@ def _broken_rules(gate: Gate) -> Iterator[tuple[str, str]]:
         yield "eps", f"is {gate.eps}, not finite and at least 0"
     if not 0 < _float32(gate.pre_eps) < math.inf:
         yield "pre_eps", f"is {gate.pre_eps}, not positive and finite"
+    if gate.task is not None and gate.kind is GateKind.TASK and not 0 <= gate.task < gate.tasks:
+        yield "task", f"is {gate.task}, not 0 to {gate.tasks - 1}"
     if gate.capacity is not None and gate.capacity.tokens < 1:
         yield "capacity.tokens", f"is {gate.capacity.tokens}, not at least 1"
 
@@ -92,6 +94,7 @@ def _misplaced(gate: Gate) -> Iterator[tuple[str, str]]:
             yield field, "has no meaning in this gate"
     for field, used, allowed in (
         ("eps", gate.eps != 0, gate.norm is Norm.RENORM),
+        ("task", gate.task is not None, table),
         ("bias", gate.bias is not None, not table),
         ("hidden", bool(gate.hidden), not table),
         ("pre", gate.pre is not PreMap.NONE, not table),

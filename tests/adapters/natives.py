@@ -107,6 +107,8 @@ def gates(draw: st.DrawFn, width: int) -> Gate:
         hidden.append((draw(tensors(after, before)), draw(tensors(after))))
     reads = hidden[-1][0].shape[0] if hidden else width
     weights = draw(tensors(draw(st.integers(1, 4)), experts) if table else tensors(experts, reads))
+    if table:
+        values["task"] = draw(st.none() | st.integers(0, len(weights) - 1))
     if source is GateSource.LAYER_INPUT:
         values["pool"] = draw(st.sampled_from(Pooling))
         if values["pool"] is Pooling.ATTENTION:

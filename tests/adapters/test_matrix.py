@@ -14,6 +14,7 @@ from loramux_adapters.abilities import OUR_READING, OURS
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.methods import METHODS, Method
 from loramux_adapters.native import digest_of, write_native
+from loramux_adapters.tasks import at_task
 
 from .checkpoints import BASE
 from .form import site_delta
@@ -29,7 +30,7 @@ def samples_of(method: Method) -> list[Sample]:
 def lowered(method: Method, base: BaseModel, tmp_path: Path) -> list[LoweredAdapter]:
     """Every sample of the method that is read, in the one form."""
     read = [sample for sample in samples_of(method) if sample.read]
-    return [lower(sample.write(tmp_path / str(i)), base) for i, sample in enumerate(read)]
+    return [at_task(lower(sample.write(tmp_path / str(i)), base)) for i, sample in enumerate(read)]
 
 
 each = pytest.mark.parametrize("method", [m for m in METHODS if m.name != "native"], ids=lambda method: method.name)

@@ -29,7 +29,7 @@ from loramux_adapters import (
     variance,
     write_native,
 )
-from loramux_adapters.artefact import write_artefact
+from loramux_adapters.artefact import stored, write_artefact
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.gate import (
     Capacity,
@@ -45,6 +45,7 @@ from loramux_adapters.gate import (
 from loramux_adapters.lowered import CarryKind
 from loramux_adapters.methods.native import read_file
 from loramux_adapters.native import describe, digest_of
+from loramux_adapters.tasks import at_task
 from loramux_adapters.variance import VarianceKind
 from loramux_adapters.verify import verify
 
@@ -67,7 +68,7 @@ def test_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, adapter: 
     digest = digest_of(adapter)
     assert digest_of(native.adapter) == digest
     artefact = write_artefact(adapter, "tiny", digest, folder / "cache")
-    assert same(open_artefact(artefact), adapter)
+    assert same(stored(artefact), adapter) and same(open_artefact(artefact), at_task(adapter))
     assert same(lower(artefact, BASE), adapter)
     assert sum(t.numel() * t.element_size() for t in load_file(path).values()) == adapter.nbytes()
 
@@ -91,6 +92,7 @@ def test_the_digest_covers_every_field() -> None:
         pre=PreMap.LAYER_NORM, pre_eps=1e-6, rational=torch.ones(12), post=PostMap.ABS, temperature=2.0,
         select=Select.ALL, k=2, p=0.5, threshold=0.5, adaptive_weight=torch.ones(24), adaptive_bias=torch.ones(1),
         tau_max=0.5, norm=Norm.SOFTMAX, eps=1e-6, value=GateValue.ONE, expert_map=index[:2], capacity=Capacity(1),
+        task=1,
     )  # fmt: skip
     of_site: dict[str, Any] = dict(
         a=-site.a, b=-site.b, scale=-site.scale, gate=None, expert=index, arow=index, magnitude=torch.ones(24),

@@ -28,12 +28,14 @@ from loramux_adapters.gate import (
     Select,
 )
 from loramux_adapters.lowered import CarryKind, LoweredSite
+from loramux_adapters.tasks import at_task
 from loramux_adapters.variance import VarianceKind
 from loramux_adapters.verify import verify
 
 from .checkpoints import BASE
 from .natives import DOWN, UP, Q, adapters, make_gate, make_mixture, make_site
 
+TABLE: Any = {"kind": GateKind.TASK, "source": GateSource.NONE, "task": 1}
 ADAPTIVE: Any = {
     "select": Select.ADAPTIVE,
     "adaptive_weight": torch.ones(24),
@@ -54,6 +56,8 @@ ADAPTIVE: Any = {
         make_gate(eps=1e-6),
         make_gate(expert_map=torch.arange(2, dtype=torch.int32)),
         make_gate(3, expert_map=torch.tensor([0, 1, 0], dtype=torch.int32)),
+        make_gate(3, 20, **TABLE),
+        make_gate(3, 2, norm=Norm.SOFTMAX, temperature=0.5, **TABLE),
     ],
 )
 def test_served(gate: Any) -> None:
@@ -75,12 +79,20 @@ def test_served(gate: Any) -> None:
         (make_gate(bias=torch.ones(2)), "bias"),
         (make_gate(hidden=((torch.ones(24, 24), torch.ones(24)),)), "hidden"),
         (make_gate(capacity=Capacity(4)), "capacity"),
+        (make_gate(**TABLE | {"task": None}), "task"),
+        (make_gate(select=Select.TOP_K, k=1, **TABLE), "select"),
+        (make_gate(post=PostMap.ABS, **TABLE), "post"),
+        (make_gate(norm=Norm.NONE, **TABLE), "norm"),
+        (make_gate(eps=1e-6, **TABLE), "eps"),
+        (make_gate(value=GateValue.ONE, **TABLE), "value"),
+        (make_gate(3, 2, expert_map=torch.arange(2, dtype=torch.int32), **TABLE), "expert_map"),
+        (make_gate(capacity=Capacity(4), **TABLE), "capacity"),
     ],
 )
 def test_unserved_gates(gate: Any, field: str) -> None:
     adapter = make_mixture()
     adapter = replace(adapter, gates={**adapter.gates, "q": gate})
-    assert unserved(adapter)[0].startswith(f"gates.q.{field}: ")
+    assert unserved(adapter)[0].startswith(f"gates.q.{field}: ") and at_task(adapter) is adapter
     with pytest.raises(AdapterUnsupportedFeature) as refusal:
         check_servable(adapter)
     assert refusal.value.field == f"gates.q.{field}"

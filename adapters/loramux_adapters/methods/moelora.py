@@ -4,14 +4,13 @@
     y_t = W0 x_t + (α/r) Σ_e g_e · B_e · A_e · x_t
 
 A_e [r/E, d_in], B_e [d_out, r/E], m [tasks, d_m], G [E, d_m]; r is the rank of all experts together, and so is the r of
-the scale. One task is a plain LoRA of rank r with α/r · g_e for the scale of each rank of expert e: exact, nothing but
-the scale is rounded.
+the scale. It is lowered with a table G · mᵀ of all tasks' scores, made in float64 and stored in float32. One task of it
+is a plain LoRA of rank r with α/r · g_e for the scale of each rank of expert e (`tasks.py`).
 
-The request would have to name the task, which the data plane does not read yet. So the key `task_id`, which is ours,
-has to be added to adapter_config.json: it takes that task out. Several tasks are several folders. Without `task_id` the
-adapter is lowered with a gate of kind `task`, which can be checked, shown and written, and serving it is refused with
-the question. Task ids are those of training, 0 to `task_num`: there is one more of them than `task_num` says. What its
-code does for several tasks in one request, the mean of their embeddings, is not offered.
+A request may choose the task. Which one answers where it does not is for the key `task_id` to say, which is ours and
+has to be added to adapter_config.json; without it the adapter can be checked, shown and written, and serving it is
+refused with the question. Task ids are those of training, 0 to `task_num`: there is one more of them than `task_num`
+says. What its code does for several tasks in one request, the mean of their embeddings, is not offered.
 
 Names and fields are those of the authors' code (liuqidong07/MOELoRA-peft, read at 949c8c5 and ccb426d):
 `lora_A.loraA.{e}.mlp.weight`, repeated as `lora_A.loraA.{e}.weight`, the same for B, and `task_num`,
@@ -31,9 +30,9 @@ from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterConfigInvalid, AdapterTooLarge, shown
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.gate import Gate, GateKind, GateSource, Norm
-from loramux_adapters.lowered import LoweredAdapter, LoweredSite
+from loramux_adapters.lowered import LoweredAdapter
 from loramux_adapters.methods.lora import CONFIG_FILE, peft_config
-from loramux_adapters.mixture import summed_site, token_site
+from loramux_adapters.mixture import token_site
 from loramux_adapters.peft import checks, experts
 from loramux_adapters.peft.sites import Part, Sites, Tensors, read_sites
 from loramux_adapters.peft.tensors import PREFIX
@@ -84,7 +83,7 @@ class MoeLora:
                 keys=r".+\.lora_[AB]\.(default\.)?lora[AB]\..+|(.+\.)?lora_(task_embedding|gate\.(default\.)?GateL)\..+",
             ),
         ),
-        serve="one task of it, the `task_id` in its config",
+        serve="with a default task, the `task_id` in its config",
         router="task",
     )
 
@@ -106,11 +105,11 @@ class MoeLora:
         shared = raw["peft_type"] == _SHARED
         sizes = {"R": rank // number, "E": number, "T": tasks, "M": width}
         sites = read_sites(folder, base, config, _OF_THE_MODEL if shared else _OF_EACH_SITE, sizes, count=number)
-        table = 0 if task is not None else 4 * tasks * number * (1 if shared else len(sites.modules))
+        table = 4 * tasks * number * (1 if shared else len(sites.modules))
         if table > folder.max_bytes:
             raise AdapterTooLarge(
                 f"The scores of {tasks} tasks have {table} bytes; the limit is {folder.max_bytes}.",
-                hint="Choose one task with task_id.",
+                hint="Correct task_num, or raise the limit.",
                 field="task_num",
             )
         return MoeLoraCheckpoint(sites, rank, config.lora_alpha, shared, task)
@@ -121,12 +120,11 @@ class MoeLora:
         for module, part in checkpoint.sites.modules.items():
             scale = checks.rank_scale(module, checkpoint.rank, checkpoint.alpha, checkpoint.alpha / checkpoint.rank)
             scores = _scores(part, checkpoint) if of_all is None else of_all
-            if checkpoint.task is not None:
-                sites[module] = _one_task(part, scale, scores[0])
-                continue
             gate = _GATE if checkpoint.shared else module
             sites[module] = token_site(part["a"], part["b"], scale.chunk(len(part["b"])), gate=gate)
-            gates[gate] = Gate(scores.float(), kind=GateKind.TASK, source=GateSource.NONE, norm=Norm.SOFTMAX)
+            gates[gate] = Gate(
+                scores.float(), kind=GateKind.TASK, source=GateSource.NONE, norm=Norm.SOFTMAX, task=checkpoint.task
+            )
         return LoweredAdapter(self.name, sites, _warnings(checkpoint), gates=gates)
 
     def verify(self, adapter: LoweredAdapter, base: BaseModel) -> None:
@@ -147,16 +145,9 @@ def _task(raw: Mapping[str, Any], tasks: int) -> int | None:
 
 
 def _scores(tensors: Tensors, checkpoint: MoeLoraCheckpoint) -> torch.Tensor:
-    """What softmax is taken of, [tasks, E] float64; of the chosen task alone if there is one."""
-    prefix, task = "" if checkpoint.shared else "site_", checkpoint.task
-    embedding = tensors[f"{prefix}embedding"][0]
-    chosen = embedding if task is None else embedding[task : task + 1]
-    return chosen.double() @ tensors[f"{prefix}gate"][0].double().T
-
-
-def _one_task(part: Tensors, scale: torch.Tensor, scores: torch.Tensor) -> LoweredSite:
-    weights = torch.softmax(scores, 0).repeat_interleave(part["a"][0].shape[0])
-    return summed_site(part["a"], part["b"], [(scale.double() * weights).float()])
+    """What softmax is taken of, [tasks, E] float64."""
+    prefix = "" if checkpoint.shared else "site_"
+    return tensors[f"{prefix}embedding"][0].double() @ tensors[f"{prefix}gate"][0].double().T
 
 
 def _warnings(checkpoint: MoeLoraCheckpoint) -> tuple[str, ...]:

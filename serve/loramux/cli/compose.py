@@ -12,6 +12,7 @@ from loramux.errors import ConfigError, LoramuxError
 from loramux_adapters import AdapterError, LoweredAdapter, lower
 from loramux_adapters.compose.arrow import arrow
 from loramux_adapters.native import write_native
+from loramux_adapters.tasks import at_task
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def _compose(options: argparse.Namespace) -> LoweredAdapter:
     for name, path in options.adapters:
         if name in adapters:
             raise ConfigError(f"Two adapters are called {name}.", hint="Give each a name of its own.")
-        adapters[name] = lower(path, base)
+        adapters[name] = at_task(lower(path, base))
     composed = arrow(adapters, base=base, top_k=options.top_k, temperature=options.temperature)
     write_native(options.out, composed, base.name)
     return composed

@@ -79,6 +79,7 @@ def _content(adapter: Adapter) -> dict[str, Any]:
         "method": summary.method if summary else None,
         "rank": summary.rank if summary else None,
         "experts": summary.experts if summary else None,
+        "tasks": summary.tasks if summary else None,
         "bayesian": summary.bayesian if summary else None,
         "warnings": list(summary.warnings) if summary else [],
     }

@@ -12,6 +12,7 @@ from loramux_adapters import BaseModel, check_servable, lower, prepare
 from loramux_adapters.artefact import digest_of
 from loramux_adapters.errors import AdapterUnsupportedFeature
 from loramux_adapters.gate import GateKind
+from loramux_adapters.tasks import at_task, task_count
 
 from ..checkpoints import BASE, write_adapter
 from ..form import logits, site_delta
@@ -29,8 +30,10 @@ def test_one_task_has_the_logits_of_the_formula(tmp_path, reference, kind, task,
     tiny = reference("llama")
     config = make_config(peft_type=kind, task_id=task)
     tensors = make_tensors(config, tiny.base, dtype)
-    adapter = lower(write_adapter(tmp_path, config, tensors), tiny.base)
-    check_servable(adapter)
+    table = lower(write_adapter(tmp_path, config, tensors), tiny.base)
+    check_servable(table)
+    assert {gate.task for gate in table.gates.values()} == {task} and task_count(table) == TASKS + 1
+    adapter = at_task(table)
     assert adapter.method == "moelora" and not adapter.gates and set(adapter.ranks.values()) == {RANK}
     assert all(site.a.dtype == site.b.dtype == dtype and site.expert is None for site in adapter.sites.values())
     deltas = {module: partial(delta, config, tensors, module) for module in adapter.sites}
@@ -51,7 +54,7 @@ def test_any_shape(tmp_path_factory, rank, number, tasks, width, d_in, d_out, se
     sizes = {"r": rank * number, "expert_num": number, "task_num": tasks, "task_embedding_dim": width}
     config = make_config(task_id=task, **sizes)
     tensors = make_tensors(config, base, seed=seed)
-    adapter = lower(write_adapter(tmp_path_factory.mktemp("moelora"), config, tensors), base)
+    adapter = at_task(lower(write_adapter(tmp_path_factory.mktemp("moelora"), config, tensors), base))
     ((module, site),) = adapter.sites.items()
     x = torch.randn(5, d_in, generator=torch.Generator().manual_seed(seed + 1))
     expected = delta(config, tensors, module, x)
@@ -67,16 +70,21 @@ def test_without_a_task_it_is_a_table_of_all_and_serving_asks_for_one(tmp_path, 
     adapter = lower(folder, BASE)
     x = torch.randn(3, 24)
     for task in range(TASKS + 1):
-        one = lower(write_adapter(tmp_path / str(task), config | {"task_id": task}, tensors), BASE)
+        one = at_task(adapter, task)
+        assert not one.gates and digest_of(at_task(at_task(adapter, task))) == digest_of(one)
+        chosen = lower(write_adapter(tmp_path / str(task), config | {"task_id": task}, tensors), BASE)
+        assert digest_of(at_task(chosen)) == digest_of(one) and digest_of(at_task(chosen, 1)) == digest_of(
+            at_task(adapter, 1)
+        )
         for module, site in adapter.sites.items():
             gate = adapter.gates[site.gate]
             assert gate.kind is GateKind.TASK and gate.weights.shape == (TASKS + 1, NUMBER)
-            g = torch.softmax(gate.weights[task].double(), 0)[site.expert.long()]
-            mixed = ((x.double() @ site.a.double().T) * site.scale * g) @ site.b.double()
-            torch.testing.assert_close(mixed, site_delta(one.sites[module], {}, x), rtol=1e-5, atol=1e-6)
+            expected = delta(config | {"task_id": task}, tensors, module, x)
+            torch.testing.assert_close(site_delta(one.sites[module], {}, x), expected, rtol=1e-6, atol=1e-6)
+    assert at_task(adapter) is adapter
     with pytest.raises(AdapterUnsupportedFeature) as refusal:
         prepare(folder, BASE, tmp_path / "cache")
-    assert (refusal.value.field or "").endswith(".kind")
+    assert (refusal.value.field or "").endswith(".task")
     assert f'"task_id", 0 to {TASKS}' in refusal.value.message
 
 

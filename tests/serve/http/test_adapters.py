@@ -20,7 +20,8 @@ from ..fakes import BASE, CACHE, until
 from .serving import Server, error_of
 
 CARD = {
-    "name", "object", "state", "version", "previous", "pending", "pinned", "method", "rank", "experts", "bayesian",
+    "name", "object", "state", "version", "previous", "pending", "pinned", "method", "rank", "experts", "tasks",
+    "bayesian",
     "resident_bytes", "leases", "load_seconds", "last_used", "warnings", "error",
 }  # fmt: skip
 
