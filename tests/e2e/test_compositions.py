@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .hugging_face import TOKENS, TOLERANCE, Answer, assert_equal, difference, encode, generate, load
+from loramux_adapters import BaseModel
+
+from ..adapters.checkpoints import write_adapter
+from ..adapters.layouts import moelora
+from ..adapters.layouts.draw import targeted
+from .hugging_face import TOKENS, TOLERANCE, Answer, assert_equal, difference, encode, generate, greedy_after, load
+from .served_methods import hooked
 
 pytestmark = pytest.mark.engine
 
@@ -31,9 +39,13 @@ def client(server: Any, spare_adapters: Path) -> Any:
 
 
 def _ask(client: openai.OpenAI, prompt: list[int], parts: dict[str, float], model: str = BASE) -> Answer:
+    return _complete(client, prompt, [{"name": name, "weight": weight} for name, weight in parts.items()], model)
+
+
+def _complete(client: openai.OpenAI, prompt: list[int], parts: list[dict[str, Any]], model: str = BASE) -> Answer:
     body: dict[str, Any] = {"ignore_eos": True, "return_token_ids": True}
     if parts:
-        body["adapters"] = [{"name": name, "weight": weight} for name, weight in parts.items()]
+        body["adapters"] = parts
     answer = client.completions.create(
         model=model, prompt=prompt, temperature=0, max_tokens=TOKENS, logprobs=1, extra_body=body
     )
@@ -65,6 +77,36 @@ def test_the_sum_equals_hooks(client: Any, base_path: Path, spare_adapters: Path
     for other in (*others, swapped):
         assert difference(other, expected) > 10 * TOLERANCE
     assert _ask(client, prompt, {})[0] == others[0][0]
+
+
+@pytest.fixture(scope="module")
+def tasks(server: Any, base_model: BaseModel, spare_adapters: Path) -> Iterator[Any]:
+    """A MOELoRA called `med` is served; what it adds for each of its tasks, by the formula of its paper."""
+    config = moelora.make_config(lora_alpha=0.8, task_id=2)
+    tensors = moelora.make_tensors(config, base_model, seed=5)
+    write_adapter(spare_adapters / "med", config, tensors)
+    answer = server.post("/v1/load_lora_adapter", {"lora_name": "med", "lora_path": str(spare_adapters / "med")})
+    assert answer.status_code == 200, answer.text
+    modules = targeted(config, base_model)
+    yield [
+        {module: partial(moelora.delta, config | {"task_id": task}, tensors, module) for module in modules}
+        for task in range(moelora.TASKS + 1)
+    ]
+    server.post("/v1/unload_lora_adapter", {"lora_name": "med"})
+
+
+def test_a_task_is_chosen_in_the_request(client: openai.OpenAI, base_path: Path, tasks: Any) -> None:
+    (prompt,) = encode(base_path, ("Why do cats purr?",))
+    model = load(base_path, torch.float64)
+    default = _complete(client, prompt, [], "med")
+    answers = [_complete(client, prompt, [{"name": "med", "task": task}]) for task in range(len(tasks))]
+    answers.append(_complete(client, prompt, [{"name": "med"}]))
+    for deltas, answer in zip((*tasks, tasks[2]), answers, strict=True):
+        with hooked(model, deltas):
+            assert_equal(answer, greedy_after(model, prompt, answer[0]), "a task")
+    assert_equal(default, answers[2], "the default task")
+    for answer in (answers[0], answers[1], answers[3]):
+        assert difference(answer, default) > 10 * TOLERANCE
 
 
 def test_a_stream_is_called_what_was_written(client: openai.OpenAI) -> None:

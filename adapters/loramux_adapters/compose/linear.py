@@ -29,11 +29,12 @@ _HINT = "Weighted sums are of adapters that are one matrix per layer. Ask for th
 
 @dataclass(frozen=True)
 class Part:
-    """A prepared adapter and its weight; `name` is for messages."""
+    """A prepared adapter, its weight, and which of its tasks if it has some; `name` is for messages."""
 
     name: str
     artefact: Artefact
     weight: float
+    task: int | None = None  # none: the default one
 
 
 def compose(parts: Sequence[Part], *, base: BaseModel, cache: Path, max_rank: int) -> Artefact:
@@ -43,7 +44,7 @@ def compose(parts: Sequence[Part], *, base: BaseModel, cache: Path, max_rank: in
     AdapterNotFound for a part whose artefact is damaged or lost, and OSError for the cache.
     """
     _check_ranks(parts, max_rank)
-    adapters = [(part.name, open_artefact(part.artefact.path), part.weight) for part in parts]
+    adapters = [(part.name, open_artefact(part.artefact.path, part.task), part.weight) for part in parts]
     return keep(linear(adapters, base=base), base, cache)
 
 

@@ -83,7 +83,7 @@ class MoeLora:
                 keys=r".+\.lora_[AB]\.(default\.)?lora[AB]\..+|(.+\.)?lora_(task_embedding|gate\.(default\.)?GateL)\..+",
             ),
         ),
-        serve="with a default task, the `task_id` in its config",
+        serve="with a default task, the `task_id` in its config; a request may choose another",
         router="task",
     )
 

@@ -1,8 +1,8 @@
 """`"adapters": [{"name": "spam", "weight": 0.7}, …]` in a completion request: their weighted sum answers.
 
 `model` is the base, or left out, and the answer's `model` is what it was. A name is whatever `model` could be; a part
-without a weight has 1. The sum is made, and on the device, before the request goes on, by a name that only this request
-can use (`answered_by`).
+without a weight has 1, and one with a `task` answers for that one of its tasks (MOELoRA). The sum is made, and on the
+device, before the request goes on, by a name that only this request can use (`answered_by`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loramux.errors import InvalidRequest, LoramuxError
 from loramux.http.asgi import App, Receive, Scope, Send, read_body, replayed, route_path
 from loramux.http.errors import refuse
 from loramux.http.gate import gate_of
-from loramux.registry import AdapterRegistry, Version
+from loramux.registry import AdapterRegistry, Share, Version
 
 PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 FIELD = "adapters"
@@ -25,6 +25,7 @@ MAX_PARTS = 8
 #: A larger weight, or a smaller one, is a mistake: a LoRA changes a few percent of what its layer computes.
 MAX_WEIGHT, MIN_WEIGHT = 100.0, 1e-6
 _LONGEST = 256
+_MAX_TASK = 2**31  # more digits than that in an error would help nobody
 _HINT = 'Send "adapters": [{"name": "NAME", "weight": 0.7}, …]; GET /v1/models lists the names.'
 
 
@@ -71,8 +72,8 @@ class Composition:
             await self.app(scope, receive, send)
 
 
-def parts_in(body: bytes) -> list[tuple[str, float]] | None:
-    """Name and weight of the parts that a body asks for; None if it does not. Raises InvalidRequest.
+def parts_in(body: bytes) -> list[Share] | None:
+    """The parts that a body asks for; None if it does not. Raises InvalidRequest.
 
     A body that is no JSON object is left to the route to refuse.
     """
@@ -105,9 +106,11 @@ def names_in(value: Any) -> list[str] | None:
     return [name[:_LONGEST] for name in names if isinstance(name, str)]
 
 
-def _part(part: Any, where: str) -> tuple[str, float]:
-    if not isinstance(part, dict) or not {"name"} <= set(part) <= {"name", "weight"}:
-        raise InvalidRequest(f"{where} must have a `name`, may have a `weight`, nothing else.", hint=_HINT, param=where)
+def _part(part: Any, where: str) -> Share:
+    if not isinstance(part, dict) or not {"name"} <= set(part) <= {"name", "weight", "task"}:
+        raise InvalidRequest(
+            f"{where} must have a `name`, may have a `weight` and a `task`, nothing else.", hint=_HINT, param=where
+        )
     name, weight = part["name"], part.get("weight", 1.0)
     if not isinstance(name, str) or not 0 < len(name) <= _LONGEST:
         raise InvalidRequest(f"The name must be text of 1 to {_LONGEST} characters.", hint=_HINT, param=f"{where}.name")
@@ -119,10 +122,15 @@ def _part(part: Any, where: str) -> tuple[str, float]:
             hint="Leave the part out instead of giving it no weight; without a weight it has 1.",
             param=f"{where}.weight",
         )
-    return name, float(weight)
+    task = part.get("task")
+    if task is not None and (type(task) is not int or abs(task) > _MAX_TASK):
+        raise InvalidRequest(
+            "The task must be the id that it had in training.", hint="Send a whole number.", param=f"{where}.task"
+        )
+    return Share(name, float(weight), task)
 
 
-def _base(request: dict[str, Any], parts: list[tuple[str, float]], bases: tuple[str, ...]) -> str:
+def _base(request: dict[str, Any], parts: list[Share], bases: tuple[str, ...]) -> str:
     """The model that the request names. Raises InvalidRequest if that is not the base, or a part is."""
     model = request.get("model")
     if model not in (None, *bases):
@@ -131,10 +139,10 @@ def _base(request: dict[str, Any], parts: list[tuple[str, float]], bases: tuple[
             hint=f'Send "model": "{bases[0]}", and name every adapter in `adapters`.',
             param="model",
         )
-    for place, (name, _) in enumerate(parts):
-        if name in bases:
+    for place, part in enumerate(parts):
+        if part.name in bases:
             raise InvalidRequest(
-                f"{name!r} is the base model, which every sum is added to.",
+                f"{part.name!r} is the base model, which every sum is added to.",
                 hint="Leave it out of `adapters`.",
                 param=f"{FIELD}[{place}].name",
             )

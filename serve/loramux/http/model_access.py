@@ -45,7 +45,7 @@ class ModelAccess:
             if named:
                 _check([named], gate.bases, caller, _not_found(named))
             if parts is not None:
-                names = [name for name, _ in parts]
+                names = [part.name for part in parts]
                 _check(names, gate.bases, caller, _no_such_parts(names))
                 send = _UniformNotFound(scope, send, _no_such_parts(names))
             elif named:

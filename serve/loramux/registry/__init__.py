@@ -8,6 +8,7 @@ compositions  weighted sums that requests ask for
 """
 
 from loramux.registry.changes import Condition
+from loramux.registry.compositions import Share
 from loramux.registry.entry import Adapter, State, Version
 from loramux.registry.protocols import Compose, DataPlane, Observer, Prepare
 from loramux.registry.reader import read_source
@@ -24,6 +25,7 @@ __all__ = [
     "Given",
     "Observer",
     "Prepare",
+    "Share",
     "State",
     "Store",
     "Version",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from loramux.errors import AdapterRefused, InvalidRequest
 from loramux.registry.entry import State, Version
@@ -22,7 +22,16 @@ COMPOSED = "+composed"
 #: More are forgotten, least recently used first, with their artefacts.
 KEPT = 64
 
-Key = tuple[tuple[str, str, float], ...]
+_Identity = tuple[str, str, float, int]
+Key = tuple[_Identity, ...]
+
+
+class Share(NamedTuple):
+    """A part as a request asks for it."""
+
+    name: str  # whatever `model` could be
+    weight: float = 1.0
+    task: int | None = None  # of an adapter for several; none: its default
 
 
 class Compositions:
@@ -47,15 +56,17 @@ class Compositions:
         return next((version for version in self._versions.values() if version.tag == tag), None)
 
     @contextmanager
-    def held(self, parts: Sequence[tuple[Version, float]]) -> Iterator[Version]:
+    def held(self, parts: Sequence[tuple[Version, float, int | None]]) -> Iterator[Version]:
         """The sum of versions that are prepared; it is not forgotten meanwhile. The order of the parts is nothing.
 
-        Raises InvalidRequest for a version given twice.
+        Raises InvalidRequest for a version (or one task of it) given twice, and for a task that it has not.
         """
-        _check_different([version for version, _ in parts])
-        ordered = sorted((_part(version, weight) for version, weight in parts), key=_identity)
+        _check_different([(version, task) for version, _, task in parts])
+        for place, (version, _, task) in enumerate(parts):
+            _check_task(version, task, f"adapters[{place}].task")
+        ordered = sorted((_part(*part) for part in parts), key=_identity)
         key = tuple(map(_identity, ordered))
-        version = self._versions.pop(key, None) or self._new(ordered)
+        version = self._versions.pop(key) if key in self._versions else self._new(ordered)
         self._versions[key] = version
         self._users[key] += 1
         try:
@@ -101,18 +112,25 @@ class Compositions:
                 version.artefact.path.unlink(missing_ok=True)
 
 
-def _part(version: Version, weight: float) -> Part:
+def _part(version: Version, weight: float, task: int | None) -> Part:
     assert version.artefact is not None
-    return Part(version.name, version.artefact, weight)
+    return Part(version.name, version.artefact, weight, task)
 
 
-def _identity(part: Part) -> tuple[str, str, float]:
-    return part.artefact.digest, part.name, part.weight
+def _identity(part: Part) -> _Identity:
+    return part.artefact.digest, part.name, part.weight, -1 if part.task is None else part.task
 
 
-def _check_different(versions: Sequence[Version]) -> None:
-    for place, version in enumerate(versions):
-        if version in versions[:place]:
+def _check_task(version: Version, task: int | None, param: str) -> None:
+    tasks = 0 if version.artefact is None else version.artefact.summary.tasks
+    if task is not None and not 0 <= task < tasks:
+        has = f"Its tasks are 0 to {tasks - 1}." if tasks else "It has none to choose from: leave `task` out."
+        raise InvalidRequest(f"The adapter {version.name!r} has no task {task}.", hint=has, param=param)
+
+
+def _check_different(parts: Sequence[tuple[Version, int | None]]) -> None:
+    for place, (version, task) in enumerate(parts):
+        if (version, task) in parts[:place]:
             raise InvalidRequest(
                 f"The adapter {version.name!r} is given twice.",
                 hint="Give it once, with the sum of its weights.",

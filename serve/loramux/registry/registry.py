@@ -10,7 +10,7 @@ from pathlib import Path
 from loramux.errors import AdapterExists, AdapterLoading, AdapterNotFound, AdapterRefused
 from loramux.registry.catalogue import Catalogue
 from loramux.registry.changes import Changes, Condition, always
-from loramux.registry.compositions import COMPOSED, Compositions
+from loramux.registry.compositions import COMPOSED, Compositions, Share
 from loramux.registry.entry import Adapter, State, Version
 from loramux.registry.protocols import Compose, DataPlane, Observer, Prepare
 from loramux.registry.reader import Reader
@@ -130,16 +130,16 @@ class AdapterRegistry:
         self._residency.release(version)
 
     @asynccontextmanager
-    async def composed(self, parts: Sequence[tuple[str, float]]) -> AsyncIterator[Version]:
-        """The weighted sum of adapters (model name, weight), on the device when this is entered.
+    async def composed(self, parts: Sequence[Share]) -> AsyncIterator[Version]:
+        """The weighted sum of adapters, on the device when this is entered.
 
         Its tag can be leased until this is left. Raises InvalidRequest for an adapter given twice, and as `resolve`,
         for parts, which need not be on the device, and for their sum; `param` names the part.
         """
         deadline = asyncio.get_running_loop().time() + self._patience_s
         found = [
-            (await self._part(spelling, f"adapters[{place}].name", deadline), weight)
-            for place, (spelling, weight) in enumerate(parts)
+            (await self._part(part.name, f"adapters[{place}].name", deadline), part.weight, part.task)
+            for place, part in enumerate(parts)
         ]
         with self._compositions.held(found) as version:
             yield await self._enter(lambda: version, self._residency.recall, deadline)

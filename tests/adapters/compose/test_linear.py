@@ -17,6 +17,7 @@ from loramux_adapters import (
     LoweredAdapter,
     LoweredSite,
     open_artefact,
+    prepare,
 )
 from loramux_adapters.compose.arrow import arrow
 from loramux_adapters.compose.linear import Part, compose, linear
@@ -24,8 +25,9 @@ from loramux_adapters.lowered import CarryKind
 from loramux_adapters.native import digest_of
 from loramux_adapters.prepare import keep
 
-from ..checkpoints import BASE
+from ..checkpoints import BASE, write_adapter
 from ..form import site_delta
+from ..layouts import moelora
 
 MODULES = sorted(BASE.linears)[:3]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -152,3 +154,20 @@ def _ranks(site):
 
 def _matrix(site):
     return _ranks(site).sum(0)
+
+
+def test_a_task_is_a_part(tmp_path):
+    """Two tasks of one MOELoRA, each as its own formula says, and the default where none is given."""
+    config = moelora.make_config(task_id=1)
+    tensors = moelora.make_tensors(config)
+    whole = prepare(write_adapter(tmp_path / "med", config, tensors), BASE, tmp_path / "cache")
+    assert whole.summary.tasks == moelora.TASKS + 1
+    parts = [Part("med", whole, weight, task) for weight, task in ((0.5, 0), (-1.0, 3), (2.0, None))]
+    made = open_artefact(compose(parts, base=BASE, cache=tmp_path / "composed", max_rank=64).path)
+    x = torch.randn(3, 24)
+    for module, site in made.sites.items():
+        expected = sum(
+            weight * moelora.delta(config | {"task_id": task}, tensors, module, x)
+            for weight, task in ((0.5, 0), (-1.0, 3), (2.0, 1))
+        )
+        torch.testing.assert_close(site_delta(site, {}, x), expected, rtol=1e-5, atol=1e-6)

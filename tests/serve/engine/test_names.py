@@ -12,7 +12,7 @@ import pytest
 from loramux.engine.names import EngineDirectory
 from loramux.errors import AdapterNotFound
 from loramux.http.composition import Composed, answered_by
-from loramux.registry import Given, State
+from loramux.registry import Given, Share, State
 
 from ..fakes import BASE, World, until
 
@@ -110,7 +110,7 @@ async def test_a_sum_is_found_by_its_request_alone_and_called_what_was_written()
     world = World()
     models = Models(world)
     await world.load("a")
-    async with world.registry.composed([("a", 0.5)]) as version:
+    async with world.registry.composed([Share("a", 0.5)]) as version:
         token = answered_by.set(Composed(version, BASE))
         request = models.get(version.tag)
         assert (request.lora_name, request.lora_int_id) == (version.tag, version.version_id)

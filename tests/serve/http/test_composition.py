@@ -116,6 +116,11 @@ async def test_no_encoding_hides_the_field(server: Server, encoding: str) -> Non
         ([{}], "adapters[0]"),
         ([{"weight": 1}], "adapters[0]"),
         ([{**A, "scale": 2}], "adapters[0]"),
+        ([{**A, "task": "surgery"}], "adapters[0].task"),
+        ([{**A, "task": True}], "adapters[0].task"),
+        ([{**A, "task": 1.0}], "adapters[0].task"),
+        ([{**A, "task": 10**4000}], "adapters[0].task"),
+        ([{**A, "task": 0}], "adapters[0].task"),  # it has none
         ([{"name": 7}], "adapters[0].name"),
         ([{"name": ["sql"]}], "adapters[0].name"),
         ([{"name": ""}], "adapters[0].name"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from loramux.errors import AdapterLoading, AdapterNotFound, AdapterRefused, InvalidRequest, LoramuxError
-from loramux.registry import Given, State, Version
+from loramux.registry import Given, Share, State, Version
 from loramux.registry.compositions import COMPOSED, KEPT
 from loramux_adapters import AdapterCorrupt, AdapterUnsupportedFeature
 
@@ -27,7 +28,7 @@ async def two() -> World:
 
 async def ask(world: World, parts: list[tuple[str, float]] = PARTS) -> Version:
     """One request that is over: its sum, leased as `generate` leases it."""
-    async with world.registry.composed(parts) as version:
+    async with world.registry.composed([Share(*part) for part in parts]) as version:
         assert version.state is State.RESIDENT
         leased = await world.registry.lease(version.tag, exact=True)
         assert leased.tag == version.tag and leased.leases
@@ -88,7 +89,7 @@ async def test_it_is_evicted_like_others_and_comes_back_as_the_same() -> None:
     for name in ("a", "b"):
         await world.load(name)
     version = await ask(world)
-    async with world.registry.composed(PARTS) as held:
+    async with world.registry.composed([Share(*part) for part in PARTS]) as held:
         await world.registry.lease(held.tag, exact=True)
         await world.load("c")
         assert held.state is State.RESIDENT  # leased
@@ -104,7 +105,7 @@ async def test_it_is_evicted_like_others_and_comes_back_as_the_same() -> None:
 async def test_only_so_many_are_kept_and_their_artefacts_go(tmp_path: Path) -> None:
     world = World(compose=FakeCompose(tmp_path))
     await world.load("a")
-    async with world.registry.composed([("a", 0.5)]) as held:
+    async with world.registry.composed([Share("a", 0.5)]) as held:
         first = await ask(world, [("a", 1.0)])
         for weight in range(2, KEPT + 3):
             await ask(world, [("a", float(weight))])
@@ -194,3 +195,30 @@ async def test_events_have_one_name() -> None:
     for weight in (1.0, 2.0, 3.0):
         await ask(world, [("a", weight)])
     assert {name for _, name, _ in world.observer.events} == {COMPOSED}
+
+
+async def test_a_task_of_an_adapter_is_a_part_of_its_own() -> None:
+    world = await two()
+    current = world.current("a")
+    assert current.artefact is not None
+    current.artefact = replace(current.artefact, summary=replace(current.artefact.summary, tasks=3))
+
+    async def ask_for(*parts: Share) -> Version:
+        async with world.registry.composed(parts) as version:
+            return version
+
+    versions = [await ask_for(Share("a", 1.0, task)) for task in (None, 0, 1, 2)]
+    assert len(set(versions)) == 4 and await ask_for(Share("a", 1.0, 1)) is versions[2]
+    assert await ask_for(Share("a", 0.5, 0), Share("a", 0.5, 1)) is await ask_for(
+        Share("a", 0.5, 1), Share("a", 0.5, 0)
+    )
+    for parts, hint in (
+        ([Share("b"), Share("a", 1.0, 3)], "0 to 2"),
+        ([Share("b"), Share("a", 1.0, -1)], "0 to 2"),
+        ([Share("a"), Share("b", 1.0, 0)], "has none"),
+    ):
+        with pytest.raises(InvalidRequest, match="no task") as error:
+            await ask_for(*parts)
+        assert error.value.param == "adapters[1].task" and hint in str(error.value.hint)
+    with pytest.raises(InvalidRequest, match="twice"):
+        await ask_for(Share("a", 1.0, 1), Share("a", 2.0, 1))
