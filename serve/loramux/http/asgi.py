@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+import json
+import re
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 Scope = MutableMapping[str, Any]
@@ -10,6 +12,9 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+#: How JSON may write a letter from a to z otherwise: U+0061 to U+007A.
+_ESCAPED_LETTER = re.compile(rb"\\u00[67]")
 
 
 def route_path(scope: Scope) -> str:
@@ -58,3 +63,24 @@ def replayed(body: bytes, receive: Receive) -> Receive:
         return waiting.pop() if waiting else await receive()
 
     return replay
+
+
+def field_in(body: bytes, *names: str) -> dict[str, Any] | None:
+    """The JSON object that a body is, if it has a key of these names, which are letters from a to z; else None.
+
+    What is no JSON object is left to the route to refuse. Most bodies are not parsed: a key stands in it as it is, has
+    a letter escaped, or the body is UTF-16 or UTF-32, where letters have null bytes.
+    """
+    if not (any(b'"%b"' % name.encode() in body for name in names) or b"\0" in body or _ESCAPED_LETTER.search(body)):
+        return None
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and any(name in value for name in names) else None
+
+
+def with_length(headers: Iterable[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
+    """The headers, with this Content-Length instead of what they say."""
+    others = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+    return [*others, (b"content-length", str(length).encode())]

@@ -8,18 +8,19 @@ device, before the request goes on, by a name that only this request can use (`a
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from loramux.errors import InvalidRequest, LoramuxError
-from loramux.http.asgi import App, Receive, Scope, Send, read_body, replayed, route_path
+from loramux.http.asgi import Receive, Scope, Send, field_in, replayed, with_length
+from loramux.http.completions import OfCompletions
 from loramux.http.errors import refuse
 from loramux.http.gate import gate_of
 from loramux.registry import AdapterRegistry, Share, Version
 
-PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 FIELD = "adapters"
 MAX_PARTS = 8
 #: A larger weight, or a smaller one, is a mistake: a LoRA changes a few percent of what its layer computes.
@@ -40,31 +41,22 @@ class Composed:
 answered_by: ContextVar[Composed | None] = ContextVar("loramux_answered_by", default=None)
 
 
-class Composition:
+class Composition(OfCompletions):
     """ASGI middleware inside `ModelAccess`. Requests without the field pass untouched."""
 
-    def __init__(self, app: App) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or route_path(scope) not in PATHS:
-            await self.app(scope, receive, send)
-            return
-        body = await read_body(receive)
-        if body is None:
-            return  # the client left
-        receive = replayed(body, receive)
+    async def completion(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        request = field_in(body, FIELD) or {}
         async with AsyncExitStack() as held:
             try:
-                parts = parts_in(body)
+                parts = parts_in(request)
                 if parts is not None:
-                    request = json.loads(body)
                     model = _base(request, parts, gate_of(scope).bases)
                     registry: AdapterRegistry = scope["app"].state.loramux.registry
                     version = await held.enter_async_context(registry.composed(parts))
                     del request[FIELD]
                     body = json.dumps({**request, "model": version.tag}).encode()
-                    scope, receive = _with_length(scope, len(body)), replayed(body, receive)
+                    scope = {**scope, "headers": with_length(scope["headers"], len(body))}
+                    receive = replayed(body, receive)
                     held.callback(answered_by.reset, answered_by.set(Composed(version, model)))
             except LoramuxError as error:
                 await refuse(scope, send, error)
@@ -72,19 +64,9 @@ class Composition:
             await self.app(scope, receive, send)
 
 
-def parts_in(body: bytes) -> list[Share] | None:
-    """The parts that a body asks for; None if it does not. Raises InvalidRequest.
-
-    A body that is no JSON object is left to the route to refuse.
-    """
-    # Most requests are not parsed twice. Escapes and other encodings may hide the field from a search.
-    if not (b'"adapters"' in body or b"\\u00" in body or b"\0" in body):
-        return None
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    value = request.get(FIELD) if isinstance(request, dict) else None
+def parts_in(request: Mapping[str, Any]) -> list[Share] | None:
+    """The parts that a request asks for; None if it does not. Raises InvalidRequest."""
+    value = request.get(FIELD)
     if value is None:
         return None
     if not isinstance(value, list) or not value:
@@ -147,8 +129,3 @@ def _base(request: dict[str, Any], parts: list[Share], bases: tuple[str, ...]) -
                 param=f"{FIELD}[{place}].name",
             )
     return bases[0] if model is None else str(model)
-
-
-def _with_length(scope: Scope, length: int) -> Scope:
-    others = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
-    return {**scope, "headers": [*others, (b"content-length", str(length).encode())]}

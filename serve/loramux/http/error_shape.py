@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from loramux.http.asgi import App, Message, Receive, Scope, Send, request_state
+from loramux.http.asgi import App, Message, Receive, Scope, Send, request_state, with_length
 from loramux.http.errors import has_error, normalise
 
 _EVENT = b"data: "
@@ -76,10 +76,9 @@ class _Shape:
         except ValueError:
             parsed = {"message": body.decode(errors="replace").strip()}
         body = self._shaped(start["status"], parsed)
-        dropped = (b"content-length", b"content-type")
-        headers = [(key, value) for key, value in start.get("headers", ()) if key.lower() not in dropped]
-        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await self._send({**start, "headers": headers})
+        headers = [(key, value) for key, value in start.get("headers", ()) if key.lower() != b"content-type"]
+        headers.append((b"content-type", b"application/json"))
+        await self._send({**start, "headers": with_length(headers, len(body))})
         await self._send({"type": "http.response.body", "body": body})
 
     def _reshape_events(self, message: Message) -> Message:

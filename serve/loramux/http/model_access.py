@@ -11,10 +11,10 @@ from loramux.http.composition import parts_in
 from loramux.http.errors import refuse
 from loramux.http.gate import gate_of
 from loramux.http.keys import Caller
-from loramux.http.rules import READ, Need, need
+from loramux.http.rules import COMPLETIONS, READ, Need, need
 
-#: All that such a key reaches: vLLM has many more routes, which may name a model in ways not known here.
-_MODEL_IN_BODY = frozenset({"/v1/chat/completions", "/v1/completions"})
+# These and COMPLETIONS are all that such a key reaches: vLLM has many more routes, which may name a model in ways not
+# known here.
 _MODEL_IN_PATH = ("/v1/models/", "/v1/adapters/")
 _WITHOUT_MODEL = frozenset({"/v1/models", "/v1/adapters", "/version", "/openapi.json", "/docs", "/redoc"})
 
@@ -41,7 +41,8 @@ class ModelAccess:
                 if body is None:
                     return  # the client left
                 receive = replayed(body, receive)
-                named, parts = model_in(body), parts_in(body)
+                request = _object_in(body)
+                named, parts = request.get("model"), parts_in(request)
             if named:
                 _check([named], gate.bases, caller, _not_found(named))
             if parts is not None:
@@ -70,13 +71,13 @@ def _place_of_model(scope: Scope) -> Any:
         for prefix in _MODEL_IN_PATH:
             if path.startswith(prefix) and len(path) > len(prefix):
                 return path[len(prefix) :]
-    if method == "POST" and path in _MODEL_IN_BODY:
+    if method == "POST" and path in COMPLETIONS:
         return _BODY
     raise RouteNotAllowed("This key may only list and use its adapters.")
 
 
-def model_in(body: bytes) -> str | None:
-    """The body's model, None if it names none (the base answers). Raises InvalidRequest if that is not certain.
+def _object_in(body: bytes) -> dict[str, Any]:
+    """The body. Its `model` is text, or there is none (the base answers): InvalidRequest if that is not certain.
 
     Parsed as the routes parse it. A second "model" is refused: which one counts is a matter of the parser.
     """
@@ -93,10 +94,9 @@ def model_in(body: bytes) -> str | None:
     models = [model for key, model in pairs if key == "model"]
     if not isinstance(value, dict) or len(models) > 1:
         raise InvalidRequest("The body must be one JSON object with at most one `model`.", param="model")
-    model = models[0] if models else None
-    if model is not None and not isinstance(model, str):
+    if not all(model is None or isinstance(model, str) for model in models):
         raise InvalidRequest("`model` must be text.", param="model")
-    return model
+    return value
 
 
 def adapter_of(model: str, bases: tuple[str, ...]) -> str | None:

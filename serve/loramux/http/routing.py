@@ -13,33 +13,23 @@ and of a long prompt's step only the first tokens are counted: `tokens` says how
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from loramux.errors import InvalidRequest
-from loramux.http.asgi import App, Message, Receive, Scope, Send, read_body, replayed, route_path
+from loramux.http.asgi import Message, Receive, Scope, Send, field_in, with_length
+from loramux.http.completions import OfCompletions
 from loramux.http.errors import refuse
 from loramux.metrics.routing import Report, wanted
 
-_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 _DONE = b"data: [DONE]"
 _FIELD = "routing"
 
 
-class RoutingReport:
+class RoutingReport(OfCompletions):
     """ASGI middleware. Requests that do not ask pass untouched, their answers unbuffered."""
 
-    def __init__(self, app: App) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or route_path(scope) not in _PATHS:
-            await self.app(scope, receive, send)
-            return
-        body = await read_body(receive)
-        if body is None:
-            return  # the client left
-        asked, receive = _asked(body), replayed(body, receive)
-        if asked is False:
+    async def completion(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        asked = (field_in(body, _FIELD) or {}).get(_FIELD)
+        if asked is None or asked is False:
             await self.app(scope, receive, send)
         elif asked is True:
             report = Report()
@@ -80,8 +70,7 @@ class _Answer:
         answer = json.loads(body)
         if isinstance(answer, dict):
             body = json.dumps({**answer, _FIELD: self._report.value}).encode()
-        headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
-        await self._send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+        await self._send({**start, "headers": with_length(start["headers"], len(body))})
         await self._send({"type": "http.response.body", "body": body})
 
     def _extended(self, body: bytes) -> bytes:
@@ -96,18 +85,6 @@ class _Answer:
             return body
         event = json.dumps({**chunk, "choices": [], _FIELD: self._report.value})
         return body.replace(_DONE, f"data: {event}\n\n".encode() + _DONE, 1)
-
-
-def _asked(body: bytes) -> Any:
-    """Value of the field; False when it is absent or the body is none of ours to judge."""
-    if b'"routing"' not in body:  # most requests are not parsed twice
-        return False
-    try:
-        request = json.loads(body)
-    except ValueError:
-        return False
-    value = request.get(_FIELD, False) if isinstance(request, dict) else False
-    return False if value is None else value
 
 
 def _is_json(start: Message) -> bool:

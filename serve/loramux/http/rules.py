@@ -17,6 +17,8 @@ from enum import Enum
 from loramux.http.asgi import Scope, headers, route_path
 
 READ = frozenset({"GET", "HEAD"})
+#: Where requests may have our fields beside OpenAI's.
+COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
 _OPEN = re.compile(r"/|/health(/[a-z_-]+)?")
 _METRICS = re.compile(r"/metrics/?")
 #: Inference outside /v1. Other requests that are not read (vLLM's /pause, /sleep, /scale_elastic_ep, …) are for admins,
