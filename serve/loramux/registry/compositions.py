@@ -52,8 +52,10 @@ class Compositions:
         return len(self._versions)
 
     def find(self, tag: str) -> Version | None:
-        """The version of this tag. Of two with the same content either will do."""
-        return next((version for version in self._versions.values() if version.tag == tag), None)
+        """The version of this tag. Of those with the same content one on the device, else one that a request holds."""
+        twins = [(key, version) for key, version in self._versions.items() if version.tag == tag]
+        best = max(twins, key=lambda twin: (twin[1].state is State.RESIDENT, self._users[twin[0]] > 0), default=None)
+        return None if best is None else best[1]
 
     @contextmanager
     def held(self, parts: Sequence[tuple[Version, float, int | None]]) -> Iterator[Version]:
@@ -97,17 +99,20 @@ class Compositions:
 
     def _clean(self) -> None:
         """Forget what failed, so that it is tried again, and what is too much."""
-        idle = [key for key, version in self._versions.items() if not self._users[key] and not version.busy]
-        failed = [key for key in idle if self._versions[key].state is State.FAILED]
-        for key in failed:
-            self._forget(self._versions.pop(key))
-        for key in [key for key in idle if key in self._versions][: max(0, len(self._versions) - self._kept)]:
-            self._forget(self._versions.pop(key))
+        for key in self._idle():
+            if self._versions[key].state is State.FAILED:
+                self._forget(key)
+        for key in self._idle()[: max(0, len(self._versions) - self._kept)]:
+            self._forget(key)
 
-    def _forget(self, version: Version) -> None:
+    def _idle(self) -> list[Key]:
+        return [key for key, version in self._versions.items() if not self._users[key] and not version.busy]
+
+    def _forget(self, key: Key) -> None:
+        version = self._versions.pop(key)
         version.retire()
         self._residency.drain(version)
-        if version.artefact is not None and not any(v.tag == version.tag for v in self._versions.values()):
+        if version.artefact is not None and self.find(version.tag) is None:
             with suppress(OSError):
                 version.artefact.path.unlink(missing_ok=True)
 

@@ -118,6 +118,31 @@ async def test_only_so_many_are_kept_and_their_artefacts_go(tmp_path: Path) -> N
         await world.registry.lease(f"{COMPOSED}@0000", exact=True)
 
 
+async def test_of_two_with_the_same_content_a_lease_gets_the_one_that_is_there() -> None:
+    """Two owners of one content, and so two sums of one tag: what is evicted is not brought back for nothing."""
+    world = World(capacity=2000)
+    for name in ("a", "b"):
+        await world.load(name, "same")
+    async with (
+        world.registry.composed([Share("a", 2.0)]) as first,
+        world.registry.composed([Share("b", 2.0)]) as second,
+    ):
+        assert first.tag == second.tag and first is not second
+        await world.load("c")
+        assert (first.state, second.state) == (State.HOST, State.RESIDENT)
+        assert await world.registry.lease(first.tag, exact=True) is second
+        world.registry.release(second)
+        for name in ("d", "e"):
+            await world.load(name)
+        assert (first.state, second.state) == (State.HOST, State.HOST)
+    async with world.registry.composed([Share("a", 2.0)]) as first:
+        await world.load("f")
+        await world.load("g")
+        assert (first.state, second.state) == (State.HOST, State.HOST)
+        assert await world.registry.lease(first.tag, exact=True) is first  # held, and so never forgotten meanwhile
+        world.registry.release(first)
+
+
 async def test_a_lost_artefact_is_made_again() -> None:
     world = World(capacity=1000)
     await world.load("a")
