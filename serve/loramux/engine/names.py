@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
-from loramux.http.composition import answered_by
+from loramux.http.composition import Composed, answered_by
 from loramux.registry import AdapterRegistry, Version
 
 #: What this request's model name was found to mean: vLLM looks it up several times for one request.
@@ -37,8 +37,7 @@ class EngineDirectory:
     def _model_name(self, lora_request: LoRARequest | None = None) -> str:
         if lora_request is None:
             return str(self._models.base_model_paths[0].name)
-        composed = answered_by.get()
-        if composed is not None and composed.version.tag == lora_request.lora_name:
+        if (composed := _composed(lora_request.lora_name)) is not None:
             return composed.model
         return str(lora_request.base_model_name or lora_request.lora_name)
 
@@ -68,8 +67,7 @@ class _Requests(dict[str, LoRARequest]):
     def _version(self, spelling: object) -> Version | None:
         if not isinstance(spelling, str):
             return None
-        composed = answered_by.get()
-        if composed is not None and composed.version.tag == spelling:
+        if (composed := _composed(spelling)) is not None:
             return composed.version
         if (version := self._registry.lookup(spelling)) is not None:
             _found.set((spelling, version))
@@ -77,6 +75,12 @@ class _Requests(dict[str, LoRARequest]):
         # It may have left the device since the last look-up: the lease will bring it back.
         found = _found.get()
         return found[1] if found and found[0] == spelling and not found[1].retired else None
+
+
+def _composed(tag: str) -> Composed | None:
+    """What this request composed, if that is its tag."""
+    composed = answered_by.get()
+    return composed if composed is not None and composed.version.tag == tag else None
 
 
 def _request(spelling: str, version: Version) -> LoRARequest:

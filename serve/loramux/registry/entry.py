@@ -83,6 +83,11 @@ class Version:
         """`name@digest`: what the engine sees, so that KV blocks are shared by content, never by name alone."""
         return f"{self.name}@{self.digest}" if self.artefact else self.name
 
+    @property
+    def prepared(self) -> bool:
+        """Its artefact is there, and nothing has to be read."""
+        return self.state in (State.HOST, State.RESIDENT, State.DRAINING)
+
     def move(self, state: State) -> None:
         """Enter `state`. Raises ValueError on a transition the table does not allow."""
         if state not in TRANSITIONS[self.state]:

@@ -147,7 +147,9 @@ class AdapterRegistry:
     async def _part(self, spelling: str, param: str, deadline: float) -> Version:
         """The version that a part's name means, once its artefact is there."""
         try:
-            return await self._enter(lambda: self._catalogue.version(spelling), _is_prepared, deadline)
+            return await self._enter(
+                lambda: self._catalogue.version(spelling), lambda version: version.prepared, deadline
+            )
         except AdapterRefused as error:  # all its requests share this one
             raise type(error)(
                 f"The part {spelling!r} failed: {error.message}", code=error.code, hint=error.hint, param=param
@@ -181,7 +183,7 @@ class AdapterRegistry:
         """One step of `version` towards the device. Raises what its load ended with."""
         if version.state is State.FAILED:
             error = version.error
-        elif version.artefact is None or version.state in (State.READING, State.VERIFYING):
+        elif not version.prepared:
             error = await asyncio.shield(self._reader.read(version))
         else:
             with self._residency.wanted(version):
@@ -250,11 +252,6 @@ class AdapterRegistry:
         self.started = True
         self._tasks.spawn(self._startup.resume())
         self._tasks.spawn(self._startup.warm_up())
-
-
-def _is_prepared(version: Version) -> bool:
-    on_its_way = version.state in (State.READING, State.VERIFYING, State.FAILED)
-    return version.artefact is not None and not on_its_way
 
 
 def gone(name: str) -> AdapterNotFound:
