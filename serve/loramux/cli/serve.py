@@ -9,7 +9,7 @@ from pathlib import Path
 from loramux import supervisor
 from loramux.bases import prepare_base
 from loramux.cli.base import read_layers
-from loramux.cli.start_adapters import FEW, check, find, open_store, pool_bytes
+from loramux.cli.start_adapters import FEW, check, composed_folder, find, open_store, pool_bytes
 from loramux.config import ServeConfig, parse
 from loramux.console import box, say
 from loramux.errors import ConfigError, LoramuxError
@@ -97,7 +97,9 @@ def run(config: ServeConfig) -> int:
     launch = Launch(
         base=served_name,
         prepare=read,
-        compose=functools.partial(compose, base=base, cache=cache / "composed", max_rank=plan.max_rank),
+        compose=functools.partial(
+            compose, base=base, cache=composed_folder(config, base, args.port, cache), max_rank=plan.max_rank
+        ),
         store=store,
         # What was just read is not read twice.
         adapters={name: replace(given, artefact=known.get(name)) for name, given in adapters.items()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -107,8 +108,22 @@ def open_store(config: ServeConfig, base: BaseModel, port: int, cache: Path) -> 
     """The state file of this server. Raises ConfigError. A dry run has none: it may run beside the server."""
     if config.dry_run:
         return Store.in_memory(cache)
-    path = config.state or cache_dir() / "state" / f"{base.name.replace('/', '--')}-{port}.sqlite"
-    return Store.open(path, base=_fingerprint(base), cache=cache)
+    return Store.open(_state_file(config, base, port), base=_fingerprint(base), cache=cache)
+
+
+def composed_folder(config: ServeConfig, base: BaseModel, port: int, cache: Path) -> Path:
+    """Where this server keeps what its requests compose, emptied of what an earlier run left there.
+
+    The folder goes with the state file, whose lock must be held: then nobody else uses either.
+    """
+    state = str(_state_file(config, base, port).resolve())
+    folder = cache / "composed" / hashlib.sha256(state.encode()).hexdigest()[:16]
+    shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed takes room, no more
+    return folder
+
+
+def _state_file(config: ServeConfig, base: BaseModel, port: int) -> Path:
+    return config.state or cache_dir() / "state" / f"{base.name.replace('/', '--')}-{port}.sqlite"
 
 
 def _fingerprint(base: BaseModel) -> str:

@@ -10,7 +10,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loramux.cli.start_adapters import FEW, _fingerprint, adapters_in, check, find, open_store, pool_bytes
+from loramux.cli.start_adapters import (
+    FEW,
+    _fingerprint,
+    adapters_in,
+    check,
+    composed_folder,
+    find,
+    open_store,
+    pool_bytes,
+)
 from loramux.config import ServeConfig
 from loramux.errors import ConfigError
 from loramux.registry import Store
@@ -100,6 +109,26 @@ def test_the_state_file_is_named_by_base_and_port(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "mine").is_file()
     open_store(ServeConfig(state=tmp_path / "unused", dry_run=True), BASE, 8000, tmp_path).close()
     assert not (tmp_path / "unused").exists()
+
+
+def test_what_requests_compose_lies_apart_for_each_state_file_and_ends_with_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAMUX_CACHE", str(tmp_path))
+    cache = tmp_path / "artefacts"
+    (cache / "composed").mkdir(parents=True)
+    kept = cache / "mine.safetensors"
+    kept.write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    mine, other = ServeConfig(state=tmp_path / "mine"), ServeConfig(state=tmp_path / "other")
+    folders = [composed_folder(config, BASE, 8000, cache) for config in (mine, other, ServeConfig())]
+    folders.append(composed_folder(ServeConfig(), BASE, 8001, cache))
+    assert len(set(folders)) == 4 and {folder.parent for folder in folders} == {cache / "composed"}
+    for folder in folders:
+        folder.mkdir()
+        (folder / "sum.safetensors").write_text("")
+    assert composed_folder(ServeConfig(state=tmp_path / "link"), BASE, 9000, cache) == folders[0]
+    assert [folder.exists() for folder in folders] == [False, True, True, True] and kept.exists()
 
 
 def test_the_state_forgets_what_was_checked_on_other_weights(tmp_path: Path) -> None:
