@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux.http import body_limit
+from loramux.registry import Held
 
 from ..serve.http.guarded import ADMIN, BASE, KEY, TEAM, Inner, call, chat, gate, guarded
 
@@ -84,6 +86,47 @@ async def test_a_restricted_key_reaches_no_other_model(
         assert method in ("GET", "HEAD")
         name = re.fullmatch(r"/v1/(?:models|adapters)/(.+)", path, re.DOTALL)
         assert path in ("/v1/models", "/v1/adapters", "/docs") or (name and name[1].startswith(("sql", "legal-")))
+
+
+names = st.sampled_from(["sql", "sql@1", f"{BASE}:sql", "legal-a", "other", "SQL", f"{BASE}:other", "other@sql", BASE])
+part_lists = st.lists(
+    names
+    | st.fixed_dictionaries({"name": names}, optional={"weight": st.sampled_from([0.5, "1"]), "task": st.just(0)})
+    | st.sampled_from([None, 7, [], {"NAME": "other"}]),
+    max_size=4,
+)
+routers = st.sampled_from(["arrow", None, {"type": "arrow", "top_k": 1}, {"type": "arrow", "parts": ["other"]}, 7])
+composing = st.lists(
+    st.tuples(st.sampled_from(["model", "m\\u006fdel"]), st.sampled_from([BASE, "sql", "other", None]))
+    | st.tuples(st.sampled_from(["adapters", "\\u0061dapters", "adapter\\u0073", "Adapters"]), part_lists)
+    | st.tuples(st.sampled_from(["router", "route\\u0072", "r\\u006Futer"]), routers),
+    max_size=5,
+).map(lambda pairs: "{" + ", ".join(f'"{key}": {json.dumps(value)}' for key, value in pairs) + "}")
+
+
+@settings(max_examples=400, deadline=None)
+@given(composing, st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32-be"]))
+async def test_a_restricted_key_composes_no_others_adapters(body: str, encoding: str) -> None:
+    """And what it cannot compose answers nothing: the base does not stand in for it."""
+    composed: list[list[str]] = []
+
+    @asynccontextmanager
+    async def compose(parts: Any, router: Any) -> AsyncIterator[Held]:
+        composed.append([part.name for part in parts])
+        yield Held(SimpleNamespace(tag="+composed@00"), ())  # type: ignore[arg-type]
+
+    inner = Inner()
+    services = SimpleNamespace(registry=SimpleNamespace(composed=compose))
+    raw = body.encode(encoding)
+    answer = await call(guarded(inner, gate(), services=services), "POST", "/v1/completions", key=TEAM, body=raw)
+    assert answer.status in (200, 400, 404) and all(set(used) <= MINE - {BASE} for used in composed)
+    asked = json.loads(body)
+    wants = asked.get("adapters") is not None or asked.get("router") is not None
+    assert bool(composed) == (wants and answer.status == 200)
+    for content in inner.bodies:
+        seen = json.loads(content)
+        assert seen.get("model") in ({"+composed@00"} if wants else MINE)
+        assert not wants or not seen.keys() & {"adapters", "router"}
 
 
 @asynccontextmanager

@@ -32,7 +32,7 @@ def eight(tmp_path_factory: pytest.TempPathFactory, base_model: BaseModel) -> Pa
     for name, rank in SMALLER:
         adapters[f"{name}-{rank}"] = compact(adapters[name], base_model, Options(rank=rank)).after
     path = tmp_path_factory.mktemp("eight") / "eight.safetensors"
-    return write_native(path, arrow(adapters, base=base_model, top_k=4), base_model.name)
+    return write_native(path, arrow(list(adapters.items()), base=base_model, top_k=4), base_model.name)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from typing import Any
 from loramux.errors import PoolExhausted
 from loramux.registry import Adapter, AdapterRegistry, State, Store, Version
 from loramux_adapters import AdapterSummary, Artefact
-from loramux_adapters.compose.linear import Part
+from loramux_adapters.compose.prepared import Part, Router
 
 BASE = "tiny-base"
 #: Where no client may look: artefacts of the fakes lie here unless a test has a folder for them.
@@ -67,7 +67,7 @@ class FakePrepare:
 
 
 class FakeCompose:
-    """Makes a sum whose content tells of what, in the order in which the parts came. Runs in a thread."""
+    """Makes an adapter whose content tells of what, in the order in which the parts came. Runs in a thread."""
 
     def __init__(self, cache: Path = CACHE) -> None:
         self.cache = cache
@@ -75,8 +75,10 @@ class FakeCompose:
         self.error: Exception | None = None
         self.gate: threading.Event | None = None
 
-    def __call__(self, parts: Sequence[Part]) -> Artefact:
+    def __call__(self, parts: Sequence[Part], router: Router | None = None) -> Artefact:
         content = "+".join(f"{part.weight}*{part.artefact.digest}" for part in parts)
+        if router is not None:
+            content = f"{router}({content})"
         self.made.append(content)
         if self.gate is not None:
             assert self.gate.wait(10), "the test never opened the gate"

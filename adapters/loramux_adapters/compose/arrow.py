@@ -14,7 +14,7 @@ modules differ; here an adapter that does not touch a site is an expert without 
 treats one whose B is zero: it takes its share of g and adds nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -30,14 +30,16 @@ _NOT_PLAIN = ("gate", "magnitude", "bias", "carry", "variance")
 
 
 def arrow(
-    adapters: Mapping[str, LoweredAdapter],
+    adapters: Sequence[tuple[str, LoweredAdapter]],
     *,
     base: BaseModel,
     top_k: int = 3,
     temperature: float = 1.0,
     prototypes: Mapping[str, torch.Tensor] | None = None,
 ) -> LoweredAdapter:
-    """Compose plain LoRAs, checked on `base`; expert e is the e-th of `adapters`, at every site.
+    """Compose plain LoRAs, checked on `base`: name and adapter each, and the e-th is expert e at every site.
+
+    Names are for messages.
 
     prototypes  module -> [E, d_in] to use instead of the singular vectors, for every site
 
@@ -45,11 +47,11 @@ def arrow(
     LoRA, and what `verify` raises for the result.
     """
     _check_options(len(adapters), top_k, temperature)
-    for name, adapter in adapters.items():
+    for name, adapter in adapters:
         check_plain(name, adapter, _NOT_PLAIN, hint="Arrow routes over plain LoRAs only.")
     sites, gates = {}, {}
-    for module in sorted({module for adapter in adapters.values() for module in adapter.sites}):
-        parts = [adapter.sites.get(module) for adapter in adapters.values()]
+    for module in sorted({module for _, adapter in adapters for module in adapter.sites}):
+        parts = [adapter.sites.get(module) for _, adapter in adapters]
         d_in = base.linears[module][0]
         router = _prototypes(parts, d_in) if prototypes is None else prototypes[module]
         if router.shape != (len(adapters), d_in):
@@ -62,7 +64,7 @@ def arrow(
         gates[module] = Gate(
             router, post=PostMap.ABS, temperature=temperature, select=Select.TOP_K, k=top_k, norm=Norm.RENORM
         )
-    warnings = [f"{name}: {warning}" for name, adapter in adapters.items() for warning in adapter.warnings]
+    warnings = [f"{name}: {warning}" for name, adapter in adapters for warning in adapter.warnings]
     composed = LoweredAdapter(METHOD, sites, tuple(warnings), gates=gates)
     verify(composed, base)
     return composed
@@ -71,7 +73,7 @@ def arrow(
 def prototype(site: LoweredSite) -> torch.Tensor:
     """The top right singular vector of the site's ΔW, [d_in] float64; its largest component is positive."""
     q, r = torch.linalg.qr(site.expanded_a.double().T)
-    _, u = torch.linalg.qr(site.b.double().T * site.scale.double())
+    u = torch.linalg.qr(site.b.double().T * site.scale.double(), mode="r").R
     _, values, right = torch.linalg.svd(u @ r.T)
     vector: torch.Tensor = q @ right[0]
     if values[0] == 0:

@@ -35,7 +35,7 @@ def _compose(options: argparse.Namespace) -> LoweredAdapter:
         if name in adapters:
             raise ConfigError(f"Two adapters are called {name}.", hint="Give each a name of its own.")
         adapters[name] = at_task(lower(path, base))
-    composed = arrow(adapters, base=base, top_k=options.top_k, temperature=options.temperature)
+    composed = arrow(list(adapters.items()), base=base, top_k=options.top_k, temperature=options.temperature)
     write_native(options.out, composed, base.name)
     return composed
 

@@ -20,7 +20,7 @@ from loramux.plan import LISTED, SLOTS, MemoryPlan, rank_limit
 from loramux.registry import AdapterRegistry, State
 from loramux.units import format_bytes
 from loramux_adapters import prepare
-from loramux_adapters.compose.linear import compose
+from loramux_adapters.compose.prepared import compose
 
 
 def main(argv: list[str]) -> int:

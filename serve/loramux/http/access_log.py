@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from loramux.http.asgi import App, Message, Receive, Scope, Send, request_state
-from loramux.http.composition import names_in
 from loramux.http.gate import gate_of
+from loramux.http.parts import names_in
 from loramux.http.rules import Lifecycle, lifecycle
 
 access = logging.getLogger("loramux.access")

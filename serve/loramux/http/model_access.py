@@ -7,10 +7,10 @@ from typing import Any
 
 from loramux.errors import AdapterNotFound, InvalidRequest, LoramuxError, RouteNotAllowed
 from loramux.http.asgi import App, Message, Receive, Scope, Send, read_body, replayed, request_state, route_path
-from loramux.http.composition import parts_in
 from loramux.http.errors import refuse
 from loramux.http.gate import gate_of
 from loramux.http.keys import Caller
+from loramux.http.parts import wish_in
 from loramux.http.rules import COMPLETIONS, READ, Need, need
 
 # These and COMPLETIONS are all that such a key reaches: vLLM has many more routes, which may name a model in ways not
@@ -35,18 +35,18 @@ class ModelAccess:
             await self.app(scope, receive, send)
             return
         try:
-            named, parts = _place_of_model(scope), None
+            named, wish = _place_of_model(scope), None
             if named is _BODY:
                 body = await read_body(receive)
                 if body is None:
                     return  # the client left
                 receive = replayed(body, receive)
                 request = _object_in(body)
-                named, parts = request.get("model"), parts_in(request)
+                named, wish = request.get("model"), wish_in(request)
             if named:
                 _check([named], gate.bases, caller, _not_found(named))
-            if parts is not None:
-                names = [part.name for part in parts]
+            if wish is not None:
+                names = [part.name for part in wish.parts]
                 _check(names, gate.bases, caller, _no_such_parts(names))
                 send = _UniformNotFound(scope, send, _no_such_parts(names))
             elif named:

@@ -6,17 +6,20 @@ The answer's JSON object gets a field `routing`, and a stream one more chunk bef
      "experts": [{"expert": 0, "weight": 0.91, "selected": 0.93}, …]}
 
 A decision is one token at one router; `weight` is the expert's mean share of the weight, `selected` how often it was
-used at all. `routing` is null where the model is no mixture. Tokens found in the prefix cache were not routed again,
-and of a long prompt's step only the first tokens are counted: `tokens` says how many there are.
+used at all. In a request for a router over several `adapters`, expert 0 is the first of those. `routing` is null where
+the model is no mixture. Tokens found in the prefix cache were not routed again, and of a long prompt's step only the
+first tokens are counted: `tokens` says how many there are.
 """
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from loramux.errors import InvalidRequest
 from loramux.http.asgi import Message, Receive, Scope, Send, field_in, with_length
 from loramux.http.completions import OfCompletions
+from loramux.http.composition import answered_by
 from loramux.http.errors import refuse
 from loramux.metrics.routing import Report, wanted
 
@@ -35,7 +38,9 @@ class RoutingReport(OfCompletions):
             report = Report()
             token = wanted.set(report)
             try:
-                await self.app(scope, receive, _Answer(send, report))
+                await self.app(
+                    scope, receive, _Answer(send, report, composed.order if (composed := answered_by.get()) else ())
+                )
             finally:
                 wanted.reset(token)
         else:
@@ -46,9 +51,10 @@ class RoutingReport(OfCompletions):
 class _Answer:
     """Adds the report to a JSON answer (held back until it is whole) or to a stream (passed on at once)."""
 
-    def __init__(self, send: Send, report: Report) -> None:
+    def __init__(self, send: Send, report: Report, order: tuple[int, ...]) -> None:
         self._send = send
         self._report = report
+        self._order = order  # which place in the request each expert has; empty: its own
         self._start: Message | None = None  # of a JSON answer
         self._parts: list[bytes] = []
         self._last = b""  # event of a stream
@@ -69,9 +75,16 @@ class _Answer:
         body = b"".join(self._parts)
         answer = json.loads(body)
         if isinstance(answer, dict):
-            body = json.dumps({**answer, _FIELD: self._report.value}).encode()
+            body = json.dumps({**answer, _FIELD: self._told()}).encode()
         await self._send({**start, "headers": with_length(start["headers"], len(body))})
         await self._send({"type": "http.response.body", "body": body})
+
+    def _told(self) -> dict[str, Any] | None:
+        value = self._report.value
+        if value is None or not self._order:
+            return value
+        experts = [{**expert, "expert": self._order[expert["expert"]]} for expert in value["experts"]]
+        return {**value, "experts": sorted(experts, key=lambda expert: expert["expert"])}
 
     def _extended(self, body: bytes) -> bytes:
         """A piece of a stream, with our chunk before its end if it has that."""
@@ -83,7 +96,7 @@ class _Answer:
             chunk = {key: last[key] for key in ("id", "object", "created", "model")}
         except (ValueError, KeyError, TypeError):  # nothing came before, or an error did
             return body
-        event = json.dumps({**chunk, "choices": [], _FIELD: self._report.value})
+        event = json.dumps({**chunk, "choices": [], _FIELD: self._told()})
         return body.replace(_DONE, f"data: {event}\n\n".encode() + _DONE, 1)
 
 

@@ -4,11 +4,11 @@ registry    what the rest of the server calls        catalogue   names, and what
 entry       states, versions, adapters               changes     put, delete, roll back, pin
 reader      source to artefact                       residency   artefact to device: leases, eviction
 store       what outlives the server                 startup     what there is at the start
-compositions  weighted sums that requests ask for
+compositions  sums and mixtures that requests ask for
 """
 
 from loramux.registry.changes import Condition
-from loramux.registry.compositions import Share
+from loramux.registry.compositions import Held, Share
 from loramux.registry.entry import Adapter, State, Version
 from loramux.registry.protocols import Compose, DataPlane, Observer, Prepare
 from loramux.registry.reader import read_source
@@ -23,6 +23,7 @@ __all__ = [
     "Condition",
     "DataPlane",
     "Given",
+    "Held",
     "Observer",
     "Prepare",
     "Share",

@@ -1,4 +1,4 @@
-"""Weighted sums that requests ask for: versions like any other, made of prepared adapters, forgotten when many come."""
+"""Sums and mixtures that requests ask for: versions like any, made of prepared adapters, forgotten when many come."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loramux.errors import AdapterRefused, InvalidRequest
 from loramux.registry.entry import State, Version
 from loramux.registry.protocols import Compose
 from loramux_adapters import AdapterCorrupt, AdapterError, AdapterNotFound, Artefact
-from loramux_adapters.compose.linear import Part
+from loramux_adapters.compose.prepared import Part, Router
 
 if TYPE_CHECKING:
     from loramux.registry.changes import Changes
@@ -22,8 +22,8 @@ COMPOSED = "+composed"
 #: More are forgotten, least recently used first, with their artefacts.
 KEPT = 64
 
-_Identity = tuple[str, str, float, int]
-Key = tuple[_Identity, ...]
+_Identity = tuple[str, float, int, str]
+Key = tuple[Router | None, tuple[_Identity, ...]]
 
 
 class Share(NamedTuple):
@@ -34,8 +34,15 @@ class Share(NamedTuple):
     task: int | None = None  # of an adapter for several; none: its default
 
 
+class Held(NamedTuple):
+    """What was made of a request's parts, which stand in an order of its own: the e-th is part `order[e]`."""
+
+    version: Version
+    order: tuple[int, ...]
+
+
 class Compositions:
-    """Sums by the content, names and weights of their parts, the least recently used first.
+    """Versions by the content, names and weights of their parts, the least recently used first.
 
     Names are in the key because messages name parts, and equal contents may have different owners.
     """
@@ -58,31 +65,36 @@ class Compositions:
         return None if best is None else best[1]
 
     @contextmanager
-    def held(self, parts: Sequence[tuple[Version, float, int | None]]) -> Iterator[Version]:
-        """The sum of versions that are prepared; it is not forgotten meanwhile. The order of the parts is nothing.
+    def held(self, parts: Sequence[tuple[Version, float, int | None]], router: Router | None = None) -> Iterator[Held]:
+        """The sum of versions that are prepared, or a router over them; it is not forgotten meanwhile.
+
+        The order of the parts makes no difference, and contents come before names in ours: what is made of equal
+        contents is equal, whoever they belong to.
 
         Raises InvalidRequest for a version (or one task of it) given twice, and for a task that it has not.
         """
-        _check_different([(version, task) for version, _, task in parts])
+        _check_different([(version, task) for version, _, task in parts], weighed=router is None)
         for place, (version, _, task) in enumerate(parts):
             _check_task(version, task, f"adapters[{place}].task")
-        ordered = sorted((_part(*part) for part in parts), key=_identity)
-        key = tuple(map(_identity, ordered))
-        version = self._versions.pop(key) if key in self._versions else self._new(ordered)
+        given = [_part(*part) for part in parts]
+        order = tuple(sorted(range(len(given)), key=lambda place: _identity(given[place])))
+        ordered = [given[place] for place in order]
+        key = router, tuple(map(_identity, ordered))
+        version = self._versions.pop(key) if key in self._versions else self._new(ordered, router)
         self._versions[key] = version
         self._users[key] += 1
         try:
-            yield version
+            yield Held(version, order)
         finally:
             self._users[key] -= 1
             if not self._users[key]:
                 del self._users[key]
             self._clean()
 
-    def _new(self, parts: Sequence[Part]) -> Version:
+    def _new(self, parts: Sequence[Part], router: Router | None) -> Version:
         def make() -> Artefact:
             try:
-                return self._compose(parts)
+                return self._compose(parts, router)
             except (AdapterCorrupt, AdapterNotFound):
                 raise AdapterRefused(
                     "The prepared form of a part is lost or damaged.",
@@ -123,7 +135,7 @@ def _part(version: Version, weight: float, task: int | None) -> Part:
 
 
 def _identity(part: Part) -> _Identity:
-    return part.artefact.digest, part.name, part.weight, -1 if part.task is None else part.task
+    return part.artefact.digest, part.weight, -1 if part.task is None else part.task, part.name
 
 
 def _check_task(version: Version, task: int | None, param: str) -> None:
@@ -133,11 +145,11 @@ def _check_task(version: Version, task: int | None, param: str) -> None:
         raise InvalidRequest(f"The adapter {version.name!r} has no task {task}.", hint=has, param=param)
 
 
-def _check_different(parts: Sequence[tuple[Version, int | None]]) -> None:
+def _check_different(parts: Sequence[tuple[Version, int | None]], *, weighed: bool) -> None:
     for place, (version, task) in enumerate(parts):
         if (version, task) in parts[:place]:
             raise InvalidRequest(
                 f"The adapter {version.name!r} is given twice.",
-                hint="Give it once, with the sum of its weights.",
+                hint="Give it once, with the sum of its weights." if weighed else "Give it once.",
                 param=f"adapters[{place}].name",
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from loramux_adapters import Artefact
-from loramux_adapters.compose.linear import Part
+from loramux_adapters.compose.prepared import Part, Router
 
 if TYPE_CHECKING:
     from loramux.registry.entry import State
@@ -21,9 +21,9 @@ class Prepare(Protocol):
 
 
 class Compose(Protocol):
-    """Makes the weighted sum of prepared adapters; runs in a worker thread."""
+    """Makes the weighted sum of prepared adapters, or a router over them; runs in a worker thread."""
 
-    def __call__(self, parts: Sequence[Part]) -> Artefact:
+    def __call__(self, parts: Sequence[Part], router: Router | None = ...) -> Artefact:
         """Raises AdapterError, or OSError for the cache."""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from loramux.errors import AdapterExists, AdapterLoading, AdapterNotFound, AdapterRefused
 from loramux.registry.catalogue import Catalogue
 from loramux.registry.changes import Changes, Condition, always
-from loramux.registry.compositions import COMPOSED, Compositions, Share
+from loramux.registry.compositions import COMPOSED, Compositions, Held, Share
 from loramux.registry.entry import Adapter, State, Version
 from loramux.registry.protocols import Compose, DataPlane, Observer, Prepare
 from loramux.registry.reader import Reader
@@ -19,6 +19,7 @@ from loramux.registry.sources import Roots
 from loramux.registry.startup import Given, Startup
 from loramux.registry.store import Store
 from loramux.registry.tasks import Tasks
+from loramux_adapters.compose.prepared import Router
 
 
 class AdapterRegistry:
@@ -130,19 +131,20 @@ class AdapterRegistry:
         self._residency.release(version)
 
     @asynccontextmanager
-    async def composed(self, parts: Sequence[Share]) -> AsyncIterator[Version]:
-        """The weighted sum of adapters, on the device when this is entered.
+    async def composed(self, parts: Sequence[Share], router: Router | None = None) -> AsyncIterator[Held]:
+        """The weighted sum of adapters, or a router over them (without weights), on the device when this is entered.
 
         Its tag can be leased until this is left. Raises InvalidRequest for an adapter given twice, and as `resolve`,
-        for parts, which need not be on the device, and for their sum; `param` names the part.
+        for parts, which need not be on the device, and for what is made of them; `param` names the part.
         """
         deadline = asyncio.get_running_loop().time() + self._patience_s
         found = [
             (await self._part(part.name, f"adapters[{place}].name", deadline), part.weight, part.task)
             for place, part in enumerate(parts)
         ]
-        with self._compositions.held(found) as version:
-            yield await self._enter(lambda: version, self._residency.recall, deadline)
+        with self._compositions.held(found, router) as held:
+            await self._enter(lambda: held.version, self._residency.recall, deadline)
+            yield held
 
     async def _part(self, spelling: str, param: str, deadline: float) -> Version:
         """The version that a part's name means, once its artefact is there."""

@@ -68,12 +68,12 @@ def test_logits_are_those_of_peft_with_its_prototypes(model, folders, top_k, tem
     base = BaseModel.from_module(model, "tiny")
     adapters = {path.name: lower(path, base) for path in folders}
 
-    composed = arrow(adapters, top_k=top_k, temperature=temperature, base=base, prototypes=prototypes)
+    composed = arrow(list(adapters.items()), top_k=top_k, temperature=temperature, base=base, prototypes=prototypes)
     assert len(composed.sites) == 6 and set(composed.sites) == set(prototypes)
     size = expected.abs().max()
     assert (logits(model, composed, TOKENS) - expected).abs().max() < 1e-9 * size
     # Not so with one expert more, or with none at all.
-    other = arrow(adapters, top_k=top_k + 1, temperature=temperature, base=base, prototypes=prototypes)
+    other = arrow(list(adapters.items()), top_k=top_k + 1, temperature=temperature, base=base, prototypes=prototypes)
     assert (logits(model, other, TOKENS) - expected).abs().max() > 1e-4 * size
     assert (logits(model, LoweredAdapter("lora", {}), TOKENS) - expected).abs().max() > 1e-3 * size
 
@@ -125,7 +125,7 @@ def test_every_site_computes_the_formula_with_unequal_ranks(tmp_path):
         tensors.append(make_tensors(targets=names, ranks=ranks, seed=i))
         config = make_config(r=rank, lora_alpha=rank * 2, target_modules=list(names))
         adapters[f"adapter {i}"] = lower(write_adapter(tmp_path / str(i), config, tensors[-1]), BASE)
-    composed = arrow(adapters, top_k=2, base=BASE)
+    composed = arrow(list(adapters.items()), top_k=2, base=BASE)
     assert set(composed.sites) == {m for m in BASE.linears if m.endswith(("q_proj", "down_proj", "up_proj"))}
     for module, site in composed.sites.items():
         d_in, d_out = BASE.linears[module]
@@ -179,12 +179,12 @@ def plain(**changes):
 )
 def test_what_cannot_be_composed_is_refused(adapters, options, code, field):
     with pytest.raises(AdapterError) as refusal:
-        arrow({str(i): adapter for i, adapter in enumerate(adapters)}, base=BASE, **options)
+        arrow([(str(i), adapter) for i, adapter in enumerate(adapters)], base=BASE, **options)
     assert (refusal.value.code, refusal.value.field) == (code, field)
 
 
 def test_a_mixture_is_no_expert():
-    once = arrow({"a": plain(), "b": plain()}, top_k=1, base=BASE)
+    once = arrow([("a", plain()), ("b", plain())], top_k=1, base=BASE)
     with pytest.raises(AdapterError) as refusal:
-        arrow({"mixture": once}, top_k=1, base=BASE)
+        arrow([("mixture", once)], top_k=1, base=BASE)
     assert (refusal.value.code, refusal.value.field) == ("adapter_unsupported_feature", "mixture")

@@ -8,47 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux_adapters import (
-    AdapterCorrupt,
     AdapterNotFinite,
-    AdapterNotFound,
-    AdapterTooLarge,
     AdapterUnsupportedFeature,
     Carry,
-    LoweredAdapter,
-    LoweredSite,
-    open_artefact,
-    prepare,
 )
 from loramux_adapters.compose.arrow import arrow
-from loramux_adapters.compose.linear import Part, compose, linear
+from loramux_adapters.compose.linear import linear
 from loramux_adapters.lowered import CarryKind
 from loramux_adapters.native import digest_of
-from loramux_adapters.prepare import keep
 
-from ..checkpoints import BASE, write_adapter
+from ..checkpoints import BASE
 from ..form import site_delta
-from ..layouts import moelora
+from .plain import MODULES, plain
 
-MODULES = sorted(BASE.linears)[:3]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def plain(seed: int, modules=MODULES, rank=3, dtype=torch.float32, shared=False, biased=False) -> LoweredAdapter:
-    """A random adapter; `shared`: all ranks read one row of a."""
-    random = torch.Generator().manual_seed(seed)
-    sites = {}
-    for module in modules:
-        d_in, d_out = BASE.linears[module]
-        sites[module] = LoweredSite(
-            a=torch.randn(1 if shared else rank, d_in, generator=random).to(dtype),
-            b=torch.randn(rank, d_out, generator=random).to(dtype),
-            scale=torch.rand(rank, generator=random),
-            arow=torch.zeros(rank, dtype=torch.int32) if shared else None,
-            bias=torch.randn(d_out, generator=random) if biased else None,
-        )
-    return LoweredAdapter("lora", sites)
-
-
 parts = st.lists(
     st.tuples(
         st.builds(
@@ -109,7 +82,7 @@ def _with(**fields):
     [
         (_with(magnitude=torch.ones(BASE.linears[MODULES[0]][1])), "magnitude"),
         (_with(carry=Carry(MODULES[1], CarryKind.PREV_U)), "carry"),
-        (arrow({"a": plain(1), "b": plain(2)}, base=BASE, top_k=1), "gates"),
+        (arrow([("a", plain(1)), ("b", plain(2))], base=BASE, top_k=1), "gates"),
     ],
     ids=["dora", "reslora", "mixture"],
 )
@@ -124,25 +97,6 @@ def test_a_scale_that_overflows_is_refused():
         linear([("a", _with(scale=torch.full((3,), 3e38)), 100.0)], base=BASE)
 
 
-def test_the_artefact_is_kept_by_content(tmp_path):
-    prepared = [keep(plain(seed), BASE, tmp_path) for seed in (1, 2)]
-    made = [Part(name, one, weight) for name, one, weight in zip("ab", prepared, (0.7, 0.3), strict=True)]
-    cache = tmp_path / "composed"
-    artefact = compose(made, base=BASE, cache=cache, max_rank=6)
-    assert compose(made, base=BASE, cache=cache, max_rank=6) == artefact
-    assert [path.name for path in cache.iterdir()] == [f"{artefact.digest}.safetensors"]
-    assert (artefact.summary.method, artefact.summary.rank) == ("linear", 6)
-    assert digest_of(open_artefact(artefact.path)) == artefact.digest
-    with pytest.raises(AdapterTooLarge, match=r"add up to 6 \(3 \+ 3\).*is 5"):
-        compose(made, base=BASE, cache=cache, max_rank=5)
-    prepared[0].path.write_bytes(b"damaged")
-    with pytest.raises(AdapterCorrupt):
-        compose(made, base=BASE, cache=cache, max_rank=6)
-    prepared[0].path.unlink()
-    with pytest.raises(AdapterNotFound):
-        compose(made, base=BASE, cache=cache, max_rank=6)
-
-
 def _effect(site, x):
     return site_delta(site, {}, x) + (0 if site.bias is None else site.bias.double())
 
@@ -154,20 +108,3 @@ def _ranks(site):
 
 def _matrix(site):
     return _ranks(site).sum(0)
-
-
-def test_a_task_is_a_part(tmp_path):
-    """Two tasks of one MOELoRA, each as its own formula says, and the default where none is given."""
-    config = moelora.make_config(task_id=1)
-    tensors = moelora.make_tensors(config)
-    whole = prepare(write_adapter(tmp_path / "med", config, tensors), BASE, tmp_path / "cache")
-    assert whole.summary.tasks == moelora.TASKS + 1
-    parts = [Part("med", whole, weight, task) for weight, task in ((0.5, 0), (-1.0, 3), (2.0, None))]
-    made = open_artefact(compose(parts, base=BASE, cache=tmp_path / "composed", max_rank=64).path)
-    x = torch.randn(3, 24)
-    for module, site in made.sites.items():
-        expected = sum(
-            weight * moelora.delta(config | {"task_id": task}, tensors, module, x)
-            for weight, task in ((0.5, 0), (-1.0, 3), (2.0, 1))
-        )
-        torch.testing.assert_close(site_delta(site, {}, x), expected, rtol=1e-5, atol=1e-6)

@@ -53,7 +53,7 @@ def test_the_file_holds_the_composed_adapter(base, loras, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     assert run(base, loras, out, "--top-k", "2", "--temperature", "0.5") == 0
     model = BaseModel.from_pretrained(base)
-    expected = arrow({f"n{i}": lower(p, model) for i, p in enumerate(loras)}, base=model, top_k=2, temperature=0.5)
+    expected = arrow([(f"n{i}", lower(p, model)) for i, p in enumerate(loras)], base=model, top_k=2, temperature=0.5)
     assert digest_of(lower(out, model)) == digest_of(expected)
     assert "n0, n1, n2" in capsys.readouterr().out
 

@@ -110,7 +110,7 @@ async def test_a_sum_is_found_by_its_request_alone_and_called_what_was_written()
     world = World()
     models = Models(world)
     await world.load("a")
-    async with world.registry.composed([Share("a", 0.5)]) as version:
+    async with world.registry.composed([Share("a", 0.5)]) as (version, _):
         token = answered_by.set(Composed(version, BASE))
         request = models.get(version.tag)
         assert (request.lora_name, request.lora_int_id) == (version.tag, version.version_id)

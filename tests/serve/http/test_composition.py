@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from loramux.http.composition import MAX_PARTS, answered_by
+from loramux.http.composition import answered_by
+from loramux.http.parts import MAX_PARTS
+from loramux.metrics.routing import wanted
 from loramux.registry.compositions import COMPOSED
-from loramux_adapters import AdapterCorrupt
+from loramux_adapters import AdapterCorrupt, AdapterUnsupportedFeature
 
 from ..fakes import World
 from .guarded import BASE, KEY, TEAM, Answer, call, chat, gate, guarded
@@ -36,8 +38,11 @@ class Engine:
         if composed is not None:
             assert body["model"] == composed.version.tag
             self.world.registry.release(await self.world.registry.lease(body["model"], exact=True))
+        if (report := wanted.get()) is not None:
+            report.value = {"experts": [{"expert": 0, "weight": 0.75}, {"expert": 1, "weight": 0.25}]}
         answer = json.dumps({"model": composed.model if composed else body.get("model")}).encode()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": answer})
 
 
@@ -86,7 +91,70 @@ async def test_a_part_without_a_weight_has_one(server: Server) -> None:
     assert len(server.world.compose.made) == 1
 
 
-@pytest.mark.parametrize("body", [{}, {"adapters": None}, {"user": '"adapters"'}, {"metadata": {"adapters": [A]}}])
+ROUTER = {"type": "arrow", "top_k": 1, "temperature": 0.5}
+
+
+@pytest.mark.parametrize("key", [KEY, TEAM])
+async def test_a_router_answers_by_the_name_that_was_written(server: Server, key: str) -> None:
+    sampling = {"temperature": 0.2, "top_k": 40}
+    for parts in (["sql", "legal-uk"], [{"name": "legal-uk"}, "sql"]):
+        answer = await server.post({"adapters": parts, "router": ROUTER, **sampling}, key=key)
+        assert json.loads(answer.body) == {"model": BASE}
+    for seen in server.engine.seen:
+        assert seen.pop("model").startswith(f"{COMPOSED}@") and seen == sampling
+    (made,) = server.world.compose.made
+    assert made.startswith("Router(top_k=1, temperature=0.5)(")
+
+
+async def test_the_same_parts_are_one_version_for_each_router(server: Server) -> None:
+    wishes: list[dict[str, Any]] = [{}, {"router": "arrow"}, {"router": ROUTER}, {"router": {**ROUTER, "top_k": 2}}]
+    for wish in (*wishes, {"router": None}, {"router": {"type": "arrow", "top_k": 2}}):
+        assert (await server.post({"adapters": ["sql", "legal-uk"], **wish})).status == 200
+    assert len(server.world.compose.made) == len(wishes) == len({seen["model"] for seen in server.engine.seen})
+
+
+@pytest.mark.parametrize("hidden", ['"\\u0072outer"', '"route\\u0072"', '"router"'])
+async def test_a_router_without_parts_is_refused(server: Server, hidden: str) -> None:
+    body = f'{{"model": "{BASE}", {hidden}: "arrow"}}'.encode()
+    assert (await server.refused(body))["param"] == "adapters"
+
+
+async def test_what_a_router_cannot_route_tells_which(server: Server) -> None:
+    server.world.compose.error = AdapterUnsupportedFeature(
+        "'legal-uk' uses magnitude.", hint="Plain.", field="legal-uk"
+    )
+    error = await server.refused({"adapters": ["sql", "legal-uk"], "router": "arrow"})
+    assert (error["code"], error["param"]) == ("adapter_unsupported_feature", "adapters")
+    assert "legal-uk" in error["message"]
+    server.world.compose.error = None
+    for parts, param in ((["sql", "sql"], "adapters[1].name"), (["sql", BASE], "adapters[1].name")):
+        error = await server.refused({"adapters": parts, "router": "arrow"})
+        assert (error["param"], "weight" in error["hint"]) == (param, False)
+
+
+async def test_experts_are_told_by_their_place_in_the_request(server: Server) -> None:
+    """Whatever order the mixture has them in."""
+    first, second = server.world.current("sql"), server.world.current("legal-uk")
+    assert first.artefact is not None and second.artefact is not None
+    smaller = 0 if first.artefact.digest < second.artefact.digest else 1
+    for parts, expert in ((["sql", "legal-uk"], smaller), (["legal-uk", "sql"], 1 - smaller)):
+        answer = await server.post({"adapters": parts, "router": "arrow", "routing": True})
+        told = json.loads(answer.body)["routing"]["experts"]
+        assert [one["expert"] for one in told] == [0, 1]
+        assert [one["weight"] for one in told] == ([0.75, 0.25] if expert == 0 else [0.25, 0.75])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"adapters": None},
+        {"router": None},
+        {"user": '"router"'},
+        {"user": '"adapters"'},
+        {"metadata": {"adapters": [A]}},
+    ],
+)
 async def test_who_does_not_ask_passes_untouched(server: Server, body: dict[str, Any]) -> None:
     body = {"model": BASE, "messages": [], **body}
     assert (await server.post(body)).status == 200
@@ -111,7 +179,10 @@ async def test_no_encoding_hides_the_field(server: Server, encoding: str) -> Non
         (0, "adapters"),
         ([{"name": f"a{i}"} for i in range(MAX_PARTS + 1)], "adapters"),
         ([A] * 10**5, "adapters"),
-        (["sql"], "adapters[0]"),
+        ([["sql"]], "adapters[0]"),
+        (["sql", ""], "adapters[1].name"),
+        ([BASE], "adapters[0].name"),
+        (["sql", A], "adapters[1].name"),
         ([A, None], "adapters[1]"),
         ([{}], "adapters[0]"),
         ([{"weight": 1}], "adapters[0]"),
@@ -161,7 +232,9 @@ async def test_a_key_reaches_none_but_its_parts(server: Server) -> None:
         for place in (0, 1):
             parts: list[dict[str, Any]] = [A]
             parts.insert(place, {"name": name})
-            error = await server.refused({"model": BASE, "adapters": parts}, 404, key=TEAM)
+            asked: dict[str, Any] = {"model": BASE, "adapters": parts}
+            error = await server.refused(asked, 404, key=TEAM)
+            assert await server.refused({**asked, "adapters": ["sql", name], "router": "arrow"}, 404, key=TEAM)
             assert (error["code"], error["param"]) == ("model_not_found", "adapters")
             answers.append(json.dumps(error).replace(name, "…"))
     missing_but_allowed = await server.refused({"adapters": [A, {"name": "legal-xx"}]}, 404, key=TEAM)
@@ -196,8 +269,10 @@ async def test_the_access_log_names_the_parts(server: Server, caplog: pytest.Log
     await server.post({"model": BASE, "adapters": [A, B]})
     await server.post({"model": BASE, "adapters": [{"name": "a" * 500}] * 400})
     await server.post({"model": BASE})
+    await server.post({"adapters": ["sql", "legal-uk"], "router": "arrow"})
     lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "loramux.access"]
-    assert [line["model"] for line in lines] == [BASE] * 3
+    assert [line["model"] for line in lines] == [BASE, BASE, BASE, None]
+    assert lines[3]["adapters"] == ["sql", "legal-uk"]
     assert lines[0]["adapters"] == ["sql", "legal-uk"]
     assert len(json.dumps(lines[1])) < 4000
     assert "adapters" not in lines[2]

@@ -1,4 +1,4 @@
-"""Weighted sums of adapters as versions: made once, shared, leased, evicted, forgotten."""
+"""Sums and mixtures of adapters as versions: made once, shared, leased, evicted, forgotten."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from loramux.errors import AdapterLoading, AdapterNotFound, AdapterRefused, InvalidRequest, LoramuxError
-from loramux.registry import Given, Share, State, Version
+from loramux.registry import Given, Held, Share, State, Version
 from loramux.registry.compositions import COMPOSED, KEPT
 from loramux_adapters import AdapterCorrupt, AdapterUnsupportedFeature
+from loramux_adapters.compose.prepared import Router
 
 from ..fakes import FakeCompose, World, until
 
@@ -28,7 +29,7 @@ async def two() -> World:
 
 async def ask(world: World, parts: list[tuple[str, float]] = PARTS) -> Version:
     """One request that is over: its sum, leased as `generate` leases it."""
-    async with world.registry.composed([Share(*part) for part in parts]) as version:
+    async with world.registry.composed([Share(*part) for part in parts]) as (version, _):
         assert version.state is State.RESIDENT
         leased = await world.registry.lease(version.tag, exact=True)
         assert leased.tag == version.tag and leased.leases
@@ -60,6 +61,33 @@ async def test_order_and_spelling_make_no_difference_and_weights_do() -> None:
     assert other.tag != first.tag and other.version_id != first.version_id
 
 
+async def test_a_router_is_a_version_of_its_own_whatever_the_order_of_its_parts() -> None:
+    world = await two()
+
+    async def ask_for(parts: list[Share], router: Router | None) -> Held:
+        async with world.registry.composed(parts, router) as held:
+            assert held.version.state is State.RESIDENT
+            return held
+
+    a, b = Share("a"), Share("b")
+    first, again = await ask_for([a, b], Router(2)), await ask_for([b, a], Router(2))
+    assert again.version is first.version and again.order == first.order[::-1]
+    others = [await ask_for([a, b], router) for router in (None, Router(1), Router(2, 0.5))]
+    assert len({held.version.tag for held in (first, *others)}) == 4
+    with pytest.raises(InvalidRequest, match="twice"):
+        await ask_for([a, a], Router(2))
+
+
+async def test_contents_order_the_parts_before_names() -> None:
+    """Whoever has the same contents gets the same file, whatever they are called."""
+    world = World()
+    for name, content in (("a", "same"), ("b", "same"), ("c", "other")):
+        await world.load(name, content)
+    one = await ask(world, [("a", 0.5), ("b", 2.0), ("c", 1.0)])
+    other = await ask(world, [("a", 2.0), ("b", 0.5), ("c", 1.0)])
+    assert one is not other and one.tag == other.tag
+
+
 async def test_parts_mean_their_current_versions() -> None:
     world = await two()
     first, old = await ask(world), world.current("a").tag
@@ -89,7 +117,7 @@ async def test_it_is_evicted_like_others_and_comes_back_as_the_same() -> None:
     for name in ("a", "b"):
         await world.load(name)
     version = await ask(world)
-    async with world.registry.composed([Share(*part) for part in PARTS]) as held:
+    async with world.registry.composed([Share(*part) for part in PARTS]) as (held, _):
         await world.registry.lease(held.tag, exact=True)
         await world.load("c")
         assert held.state is State.RESIDENT  # leased
@@ -105,7 +133,7 @@ async def test_it_is_evicted_like_others_and_comes_back_as_the_same() -> None:
 async def test_only_so_many_are_kept_and_their_artefacts_go(tmp_path: Path) -> None:
     world = World(compose=FakeCompose(tmp_path))
     await world.load("a")
-    async with world.registry.composed([Share("a", 0.5)]) as held:
+    async with world.registry.composed([Share("a", 0.5)]) as (held, _):
         first = await ask(world, [("a", 1.0)])
         for weight in range(2, KEPT + 3):
             await ask(world, [("a", float(weight))])
@@ -124,8 +152,8 @@ async def test_of_two_with_the_same_content_a_lease_gets_the_one_that_is_there()
     for name in ("a", "b"):
         await world.load(name, "same")
     async with (
-        world.registry.composed([Share("a", 2.0)]) as first,
-        world.registry.composed([Share("b", 2.0)]) as second,
+        world.registry.composed([Share("a", 2.0)]) as (first, _),
+        world.registry.composed([Share("b", 2.0)]) as (second, _),
     ):
         assert first.tag == second.tag and first is not second
         await world.load("c")
@@ -135,7 +163,7 @@ async def test_of_two_with_the_same_content_a_lease_gets_the_one_that_is_there()
         for name in ("d", "e"):
             await world.load(name)
         assert (first.state, second.state) == (State.HOST, State.HOST)
-    async with world.registry.composed([Share("a", 2.0)]) as first:
+    async with world.registry.composed([Share("a", 2.0)]) as (first, _):
         await world.load("f")
         await world.load("g")
         assert (first.state, second.state) == (State.HOST, State.HOST)
@@ -229,7 +257,7 @@ async def test_a_task_of_an_adapter_is_a_part_of_its_own() -> None:
     current.artefact = replace(current.artefact, summary=replace(current.artefact.summary, tasks=3))
 
     async def ask_for(*parts: Share) -> Version:
-        async with world.registry.composed(parts) as version:
+        async with world.registry.composed(parts) as (version, _):
             return version
 
     versions = [await ask_for(Share("a", 1.0, task)) for task in (None, 0, 1, 2)]
