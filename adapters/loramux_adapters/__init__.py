@@ -27,6 +27,7 @@ from loramux_adapters.errors import (
 from loramux_adapters.gate import Gate
 from loramux_adapters.lowered import Carry, FfnMixture, LoweredAdapter, LoweredSite
 from loramux_adapters.native import write_native
+from loramux_adapters.posterior import Posterior, draw, is_bayesian, posterior_of, prepare_draw
 from loramux_adapters.prepare import lower, prepare
 from loramux_adapters.serving import check_servable, unserved
 from loramux_adapters.variance import Variance
@@ -53,11 +54,16 @@ __all__ = [
     "Gate",
     "LoweredAdapter",
     "LoweredSite",
+    "Posterior",
     "Variance",
     "check_servable",
+    "draw",
+    "is_bayesian",
     "lower",
     "open_artefact",
+    "posterior_of",
     "prepare",
+    "prepare_draw",
     "unserved",
     "write_native",
 ]

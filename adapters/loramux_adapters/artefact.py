@@ -20,7 +20,11 @@ _STALE_S = 3600
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What a list of adapters shows. `nbytes` counts all tensors as they are stored."""
+    """What a list of adapters shows.
+
+    nbytes     of the tensors that answer ordinary requests, as they are stored: a posterior's are not counted
+    posterior  its family (`VarianceKind`; several are joined by "+"), None for an adapter that is not Bayesian
+    """
 
     method: str
     rank: int
@@ -33,6 +37,7 @@ class AdapterSummary:
     warnings: tuple[str, ...]
     base: str
     tasks: int = 0  # that a request may choose from
+    posterior: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,12 @@ def summarise(adapter: LoweredAdapter, base: str) -> AdapterSummary:
         experts=adapter.experts,
         bayesian=adapter.bayesian,
         sites=len(adapter.sites),
-        nbytes=adapter.nbytes(),
+        nbytes=adapter.mean.nbytes(),
         dtype=adapter.dtype,
         warnings=adapter.warnings,
         base=base,
         tasks=task_count(adapter),
+        posterior=adapter.posterior,
     )
 
 

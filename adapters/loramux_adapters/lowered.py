@@ -1,7 +1,7 @@
 """The one form that every adapter is served in (see adapters/README.md)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import torch
@@ -137,6 +137,17 @@ class LoweredAdapter:
     @property
     def bayesian(self) -> bool:
         return any(site.variance is not None for site in self.sites.values())
+
+    @property
+    def posterior(self) -> str | None:
+        """The kinds of its sites' posteriors, joined by "+"; None for an adapter that is not Bayesian."""
+        kinds = {site.variance.kind.value for site in self.sites.values() if site.variance is not None}
+        return "+".join(sorted(kinds)) or None
+
+    @property
+    def mean(self) -> "LoweredAdapter":
+        """The adapter without its posterior: what answers ordinary requests."""
+        return replace(self, sites={module: replace(site, variance=None) for module, site in self.sites.items()})
 
     @property
     def dtype(self) -> str:

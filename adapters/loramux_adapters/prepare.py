@@ -49,14 +49,14 @@ def prepare(
     `on_read` is called when nothing is left to be read. Raises AdapterError for the adapter (nothing is written
     then) and OSError for the cache.
     """
-    return keep(lower(source, base, max_bytes, on_read=on_read), base, cache)
+    return keep(lower(source, base, max_bytes, on_read=on_read), base.name, cache)
 
 
-def keep(adapter: LoweredAdapter, base: BaseModel, cache: Path) -> Artefact:
-    """The second half of `prepare`, for an adapter that was verified."""
+def keep(adapter: LoweredAdapter, base: str, cache: Path) -> Artefact:
+    """The second half of `prepare`, for an adapter that was verified; `base` is the name of the model it fits."""
     check_servable(adapter)
     digest = digest_of(adapter)
     path = artefact_path(cache, digest)
     if not is_intact(path, digest):
-        path = write_artefact(adapter, base.name, digest, cache)
-    return Artefact(path, digest, summarise(adapter, base.name))
+        path = write_artefact(adapter, base, digest, cache)
+    return Artefact(path, digest, summarise(adapter, base))

@@ -1,4 +1,7 @@
-"""What the data plane can run today. The form can express more: that is kept, loaded, and refused when it is served."""
+"""What the data plane can run today. The form can express more: that is kept, loaded, and refused when it is served.
+
+Of a Bayesian adapter it runs the mean, and draws that were made plain adapters of their own (`posterior/`).
+"""
 
 from collections.abc import Iterator
 
@@ -37,9 +40,8 @@ def _obstacles(adapter: LoweredAdapter) -> Iterator[tuple[str, str]]:
     for module, site in sorted(adapter.sites.items()):
         if site.magnitude is not None and site.magnitude.ndim != 1:
             yield f"sites.{module}.magnitude", "one for each expert is not run yet"
-        for field in ("carry", "variance"):
-            if getattr(site, field) is not None:
-                yield f"sites.{module}.{field}", "is not run yet"
+        if site.carry is not None:
+            yield f"sites.{module}.carry", "is not run yet"
         if site.gate is None or (gate := adapter.gates[site.gate]).kind is GateKind.TASK:
             continue
         if (count := len(used_weights(gate, site))) > MAX_EXPERTS:

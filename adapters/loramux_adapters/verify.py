@@ -19,7 +19,7 @@ from loramux_adapters.errors import (
 from loramux_adapters.gate import GateSource
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_adapters.verify_gate import check_expert_map, check_gate
-from loramux_adapters.verify_site import check_carry, check_experts, check_site
+from loramux_adapters.verify_site import check_carry, check_deviations, check_experts, check_site
 
 
 def verify(adapter: LoweredAdapter, base: BaseModel) -> None:
@@ -85,7 +85,8 @@ def check_base(adapter: LoweredAdapter, base: BaseModel) -> None:
 
 
 def check_values(adapter: LoweredAdapter) -> None:
-    """Every number is finite, every magnitude positive, every index in range, and some site changes something."""
+    """Every number is finite, every magnitude positive, no standard deviation negative, every index in range, and some
+    site changes something."""
     for name, tensor in adapter.tensors().items():
         # NaN comes through both extremes, and one pass without a mask is 8 to 30 times faster than isfinite.
         if tensor.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):
@@ -105,6 +106,8 @@ def check_values(adapter: LoweredAdapter) -> None:
                 field=f"{module}.magnitude",
             )
         check_experts(module, site, None if site.gate is None else adapter.gates[site.gate])
+        if site.variance is not None:
+            check_deviations(module, site.variance)
         effective = effective or _has_effect(site)
     if not effective:
         raise AdapterNoEffect(

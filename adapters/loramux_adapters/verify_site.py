@@ -10,7 +10,7 @@ from loramux_adapters.errors import (
 )
 from loramux_adapters.gate import Gate
 from loramux_adapters.lowered import Carry, CarryKind, LoweredAdapter, LoweredSite
-from loramux_adapters.variance import SHAPES, Variance, VarianceForm, VarianceKind
+from loramux_adapters.variance import SHAPES, STANDARD_DEVIATIONS, Variance, VarianceForm, VarianceKind
 
 
 def check_site(module: str, site: LoweredSite) -> None:
@@ -57,6 +57,18 @@ def check_experts(module: str, site: LoweredSite, gate: Gate | None) -> None:
         _check_range(f"{module}.arow", site.arow, rows)
         if len(torch.unique(site.arow)) != rows:
             raise _invalid(f"{module}.arow", "leaves rows of A unread", "Remove those rows.")
+
+
+def check_deviations(module: str, variance: Variance) -> None:
+    """No standard deviation is negative."""
+    for name in STANDARD_DEVIATIONS:
+        sigma = variance.tensors.get(name)
+        if sigma is not None and bool((sigma < 0).any()):
+            raise _invalid(
+                f"{module}.variance.{name}",
+                f"holds {float(sigma.min()):g}",
+                "Standard deviations are 0 or above: store them, not what training made them from.",
+            )
 
 
 def check_carry(module: str, carry: Carry, adapter: LoweredAdapter) -> None:

@@ -19,7 +19,7 @@ from loramux_adapters.gate import (
     Select,
 )
 from loramux_adapters.lowered import CarryKind
-from loramux_adapters.variance import SHAPES, VarianceForm, VarianceKind
+from loramux_adapters.variance import SHAPES, STANDARD_DEVIATIONS, VarianceForm, VarianceKind
 
 from .checkpoints import BASE
 
@@ -153,6 +153,7 @@ def variances(draw: st.DrawFn, rows: int, rank: int, d_in: int, d_out: int) -> V
     free = st.integers(1, 3)
     axes = {"Ra": rows, "I": d_in, "R": rank, "O": d_out, "1": 1, "K": draw(free), "S": draw(free), "V": draw(free)}
     parts = {name: draw(tensors(*(axes[axis] for axis in letters))) for name, letters in SHAPES[kind].items()}
+    parts |= {name: parts[name].abs() for name in STANDARD_DEVIATIONS if name in parts}
     rate = draw(st.floats(0.01, 0.99)) if kind is VarianceKind.DROPOUT else None
     form = draw(st.sampled_from(VarianceForm)) if kind is VarianceKind.HIERARCHICAL else VarianceForm.LINEAR
     return Variance(kind, parts, rate, form)

@@ -103,13 +103,16 @@ def test_unserved_gates(gate: Any, field: str) -> None:
     [
         {"magnitude": torch.ones(1, 24)},
         {"carry": Carry(UP, CarryKind.AHEAD_ROWS)},
-        {"variance": Variance(VarianceKind.DROPOUT, rate=0.1)},
     ],
 )
 def test_unserved_sites(changes: dict[str, Any]) -> None:
     (name,) = changes
     adapter = LoweredAdapter("x", {Q: make_site(**changes), UP: make_site(UP)})
     assert [obstacle.partition(": ")[0] for obstacle in unserved(adapter)] == [f"sites.{Q}.{name}"]
+
+
+def test_the_mean_of_a_bayesian_adapter_is_served() -> None:
+    assert unserved(LoweredAdapter("x", {Q: make_site(variance=Variance(VarianceKind.DROPOUT, rate=0.1))})) == []
 
 
 def test_outputs_are_served() -> None:
@@ -147,7 +150,7 @@ def test_what_is_refused_is_what_is_listed(adapter: LoweredAdapter) -> None:
     listed = unserved(adapter)
     if not listed:
         check_servable(adapter)
-        assert not adapter.bayesian and not adapter.ffn
+        assert not adapter.ffn
         return
     with pytest.raises(AdapterUnsupportedFeature) as refusal:
         check_servable(adapter)

@@ -51,12 +51,12 @@ def test_what_is_no_choice_of_a_task_stays() -> None:
 
 def test_an_artefact_has_all_tasks_and_is_opened_at_one(tmp_path: Path) -> None:
     adapter = make_adapter(q=make_table())
-    artefact = keep(adapter, BASE, tmp_path)
+    artefact = keep(adapter, BASE.name, tmp_path)
     assert artefact.digest == digest_of(adapter) and artefact.summary.tasks == 3
     assert same(stored(artefact.path), adapter)
     for task in (None, 0, 1, 2):
         assert same(open_artefact(artefact.path, task), at_task(adapter, task))
-    assert keep(adapter, BASE, tmp_path) == artefact  # found intact, by all that it holds
+    assert keep(adapter, BASE.name, tmp_path) == artefact  # found intact, by all that it holds
 
 
 @settings(max_examples=60, deadline=None)

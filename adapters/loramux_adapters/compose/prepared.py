@@ -48,7 +48,7 @@ def compose(
     else:
         named = [(part.name, _opened(part)) for part in parts]
         composed = arrow(named, base=base, top_k=router.top_k, temperature=router.temperature)
-    return keep(composed, base, cache)
+    return keep(composed, base.name, cache)
 
 
 def _opened(part: Part) -> LoweredAdapter:

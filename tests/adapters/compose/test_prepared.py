@@ -25,7 +25,7 @@ from .plain import MODULES, plain
 
 
 def test_the_artefact_is_kept_by_content(tmp_path):
-    prepared = [keep(plain(seed), BASE, tmp_path) for seed in (1, 2)]
+    prepared = [keep(plain(seed), BASE.name, tmp_path) for seed in (1, 2)]
     made = [Part(name, one, weight) for name, one, weight in zip("ab", prepared, (0.7, 0.3), strict=True)]
     cache = tmp_path / "composed"
     artefact = compose(made, base=BASE, cache=cache, max_rank=6)
@@ -61,7 +61,7 @@ def test_a_task_is_a_part(tmp_path):
 
 
 def prepared(folder, *adapters, task=None):
-    return [Part(f"n{i}", keep(adapter, BASE, folder), 1.0, task) for i, adapter in enumerate(adapters)]
+    return [Part(f"n{i}", keep(adapter, BASE.name, folder), 1.0, task) for i, adapter in enumerate(adapters)]
 
 
 @pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (2, 0.5), (3, 2.0)])
@@ -119,7 +119,7 @@ def test_what_a_router_cannot_route_is_refused_by_name(tmp_path, odd, field):
     else:
         module = next(name for name in MODULES if BASE.linears[name][1] == 24)
         site = replace(plains[0].sites[module], **odd)
-        part = Part("odd", keep(replace(plains[0], sites={module: site}), BASE, tmp_path), 1.0)
+        part = Part("odd", keep(replace(plains[0], sites={module: site}), BASE.name, tmp_path), 1.0)
     with pytest.raises(AdapterUnsupportedFeature, match=f"'odd'.*{field}") as refusal:
         compose([*prepared(tmp_path, *plains), part], Router(1), base=BASE, cache=tmp_path / "composed", max_rank=64)
     assert refusal.value.field == "odd" and not (tmp_path / "composed").exists()

@@ -1,0 +1,79 @@
+"""What a Bayesian adapter's posterior is: its family, what a draw takes, and what may be wrong with it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from loramux_adapters.artefact import Artefact, open_artefact
+from loramux_adapters.lowered import LoweredAdapter, LoweredSite
+
+# Half a unit in the last place of a number near 1 in bfloat16: what is smaller is rounded away.
+_BFLOAT16 = 2.0**-8
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """`posterior_of`'s answer.
+
+    family      the kind of posterior, `VarianceKind`'s words; several, for different sites, are joined by "+"
+    sites       how many sites have one
+    parameters  numbers that it is made of, the mean's not counted
+    samples     how many different draws there are, None without a limit
+    draw_bytes  bytes of the tensors of one draw, in the dtypes that they are stored in
+    draw_rank   the largest rank that a draw has at a site
+    warnings    what makes draws less than they should be
+    """
+
+    family: str
+    sites: int
+    parameters: int
+    samples: int | None
+    draw_bytes: int
+    draw_rank: int
+    warnings: tuple[str, ...]
+
+
+def is_bayesian(adapter: Artefact | LoweredAdapter) -> bool:
+    return adapter.summary.bayesian if isinstance(adapter, Artefact) else adapter.bayesian
+
+
+def posterior_of(adapter: Artefact | LoweredAdapter) -> Posterior | None:
+    """The adapter's posterior, None if it has none. Reads every mean and standard deviation: keep the answer.
+
+    Raises AdapterNotFound or AdapterCorrupt for an artefact that is lost or damaged.
+    """
+    if not is_bayesian(adapter):
+        return None
+    if isinstance(adapter, Artefact):
+        adapter = open_artefact(adapter.path)
+    sites = {module: site for module, site in adapter.sites.items() if site.variance is not None}
+    variances = [site.variance for site in sites.values() if site.variance is not None]
+    return Posterior(
+        family=adapter.posterior or "",
+        sites=len(sites),
+        parameters=sum(tensor.numel() for variance in variances for tensor in variance.tensors.values()),
+        samples=None,
+        draw_bytes=sum(tensor.nbytes for tensor in adapter.mean.tensors().values()),
+        draw_rank=adapter.rank,
+        warnings=tuple(_warnings(sites)),
+    )
+
+
+def _warnings(sites: Mapping[str, LoweredSite]) -> Iterator[str]:
+    ratios = [ratio for site in sites.values() for ratio in _ratios(site)]
+    swallowed = [ratio for ratio in ratios if ratio < _BFLOAT16]
+    if swallowed:
+        yield (
+            f"bfloat16 would swallow the noise at {len(swallowed)} of {len(ratios)} factors: the median of σ/|mean| is "
+            f"as low as {min(swallowed):.2g}, below 2⁻⁸. Store and serve it in float32, or its draws are hardly any."
+        )
+
+
+def _ratios(site: LoweredSite) -> Iterator[float]:
+    """Medians of σ/|mean| of the site's factors."""
+    assert site.variance is not None
+    for name, factor in (("sigma_a", site.a), ("sigma_b", site.b)):
+        if (sigma := site.variance.tensors.get(name)) is not None:
+            ratio = sigma.float() / factor.float().abs()
+            yield float(torch.nanmedian(ratio))
