@@ -1,14 +1,15 @@
 """A posterior over a site's weights: what changes from one sample of a Bayesian adapter to the next.
 
 In all of them z, z' and z_k are independent standard normals, drawn once per sample, and every σ is a standard
-deviation, whatever map (square, softplus, exp) training used.
+deviation, whatever map (square, softplus, exp) training used. Which numbers a sample draws is `posterior/noise.py`'s.
 
     diagonal_a          a + sigma_a ⊙ z                        BLoB arXiv 2406.11675, TFB 2412.05723
-    diagonal_ab         also b + sigma_b ⊙ z'                  IVON-LoRA
+    diagonal_ab         also b + sigma_b ⊙ z'                  IVON-LoRA 2411.04421
     rank_diagonal       scale + sigma_scale ⊙ z                ScalaBL 2506.21408
-    low_rank_diagonal   a + sigma_a ⊙ z + Σ_k z_k low_rank_a[k]; b likewise, with the same z_k      SWAG-LoRA 2405.03425
+    low_rank_diagonal   a + sigma_a ⊙ z + Σ_k z_k low_rank_a[k]; b likewise; the z_k are the same at a and b and at all
+                        sites                                  SWAG-LoRA 2405.03425
     ensemble            sample s: member_a[s], member_b[s], member_scale[s] instead of a, b, scale  2310.00035
-    dropout             x ⊙ m / (1 − rate), m ~ Bernoulli(1 − rate) per input
+    dropout             a[:, i] · m_i / (1 − rate), m_i ~ Bernoulli(1 − rate) per input of the site
     hierarchical        ΔW + S ⊙ z with S[o, i] = form(Σ_j std_b[j, o] std_a[j, i] + offset)        ABMLL 2508.14285
 """
 

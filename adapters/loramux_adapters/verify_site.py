@@ -101,6 +101,8 @@ def _check_variance(module: str, site: LoweredSite, variance: Variance) -> None:
         raise _invalid(f"{field}.rate", f"is {variance.rate}", "It is a probability above 0 and below 1.")
     if variance.form is not VarianceForm.LINEAR and variance.kind is not VarianceKind.HIERARCHICAL:
         raise _invalid(f"{field}.form", "belongs to hierarchical", "Store standard deviations.")
+    if variance.kind is VarianceKind.HIERARCHICAL and (site.gate, site.carry) != (None, None):
+        raise _invalid(f"{field}.kind", "is of one ΔW, but the site has a gate or a carry", "Leave one of them out.")
     axes = {"Ra": site.a.shape[0], "I": site.a.shape[1], "R": site.b.shape[0], "O": site.b.shape[1], "1": 1}
     for name, letters in shapes.items():
         tensor = variance.tensors[name]

@@ -148,8 +148,8 @@ def gates(draw: st.DrawFn, width: int) -> Gate:
 
 
 @st.composite
-def variances(draw: st.DrawFn, rows: int, rank: int, d_in: int, d_out: int) -> Variance:
-    kind = draw(st.sampled_from(VarianceKind))
+def variances(draw: st.DrawFn, rows: int, rank: int, d_in: int, d_out: int, gated: bool = False) -> Variance:
+    kind = draw(st.sampled_from([kind for kind in VarianceKind if not (gated and kind is VarianceKind.HIERARCHICAL)]))
     free = st.integers(1, 3)
     axes = {"Ra": rows, "I": d_in, "R": rank, "O": d_out, "1": 1, "K": draw(free), "S": draw(free), "V": draw(free)}
     parts = {name: draw(tensors(*(axes[axis] for axis in letters))) for name, letters in SHAPES[kind].items()}
@@ -191,10 +191,12 @@ def adapters(draw: st.DrawFn, base: BaseModel = BASE) -> LoweredAdapter:
         magnitude = draw(st.none() | tensors(d_out) | tensors(experts, d_out))
         values["magnitude"] = None if magnitude is None else magnitude.abs().clamp(min=1e-3)
         values["bias"] = draw(st.none() | tensors(d_out))
-        values["variance"] = draw(st.none() | variances(rows, rank, d_in, d_out))
         same_rows = [other for other, site in sites.items() if site.a.shape[0] == rows]
         if same_rows and draw(st.booleans()):
             values["carry"] = Carry(draw(st.sampled_from(same_rows)), CarryKind.PREV_U)
+        values["variance"] = draw(
+            st.none() | variances(rows, rank, d_in, d_out, bool(values.keys() & {"gate", "carry"}))
+        )
         a, b = draw(tensors(rows, d_in)), draw(tensors(rank, d_out))
         sites[module] = LoweredSite(a, b, torch.rand(rank) + 0.5, **values)
     if free and draw(st.booleans()):

@@ -98,6 +98,11 @@ def test_an_index_may_name_a_group_or_one_expert_of_a_map() -> None:
     assert refused(mixture(5)) == (INVALID, f"{Q}.expert")
 
 
+HIERARCHICAL = Variance(
+    VarianceKind.HIERARCHICAL, {"std_a": torch.ones(1, 24), "std_b": torch.ones(1, 24), "offset": torch.ones(1)}
+)
+
+
 def with_site(**changes: Any) -> LoweredAdapter:
     adapter = make_mixture()
     return replace(adapter, sites={**adapter.sites, Q: replace(adapter.sites[Q], **changes)})
@@ -145,6 +150,9 @@ def with_site(**changes: Any) -> LoweredAdapter:
          f"{Q}.variance.sigma_scale"),
         ({"variance": Variance(VarianceKind.ENSEMBLE, {"member_a": torch.ones(2, 4, 24),
           "member_b": torch.ones(3, 4, 24), "member_scale": torch.ones(2, 4)})}, SHAPE, f"{Q}.variance.member_b"),
+        ({"variance": HIERARCHICAL}, INVALID, f"sites.{Q}.variance.kind"),
+        ({"gate": None, "expert": None, "carry": Carry(UP, CarryKind.AHEAD_ROWS), "variance": HIERARCHICAL}, INVALID,
+         f"sites.{Q}.variance.kind"),
         ({"variance": Variance(VarianceKind.DROPOUT)}, INVALID, f"sites.{Q}.variance.rate"),
         ({"variance": Variance(VarianceKind.DROPOUT, rate=1.0)}, INVALID, f"sites.{Q}.variance.rate"),
         ({"variance": Variance(VarianceKind.DROPOUT, rate=0.5, form=VarianceForm.EXP)}, INVALID,

@@ -7,6 +7,8 @@ import torch
 
 from loramux_adapters.artefact import Artefact, open_artefact
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
+from loramux_adapters.posterior.draw import samples
+from loramux_adapters.posterior.families import ranks_added
 
 # Half a unit in the last place of a number near 1 in bfloat16: what is smaller is rounded away.
 _BFLOAT16 = 2.0**-8
@@ -20,8 +22,8 @@ class Posterior:
     sites       how many sites have one
     parameters  numbers that it is made of, the mean's not counted
     samples     how many different draws there are, None without a limit
-    draw_bytes  bytes of the tensors of one draw, in the dtypes that they are stored in
-    draw_rank   the largest rank that a draw has at a site
+    draw_bytes  bytes of the tensors of one draw, in the dtypes that they are stored in, at most
+    draw_rank   the largest rank that a draw may have at a site
     warnings    what makes draws less than they should be
     """
 
@@ -53,11 +55,20 @@ def posterior_of(adapter: Artefact | LoweredAdapter) -> Posterior | None:
         family=adapter.posterior or "",
         sites=len(sites),
         parameters=sum(tensor.numel() for variance in variances for tensor in variance.tensors.values()),
-        samples=None,
-        draw_bytes=sum(tensor.nbytes for tensor in adapter.mean.tensors().values()),
-        draw_rank=adapter.rank,
+        samples=samples(adapter),
+        draw_bytes=adapter.mean.nbytes() + sum(_bytes_added(site) for site in sites.values()),
+        draw_rank=max(site.rank + _added(site) for site in adapter.sites.values()),
         warnings=tuple(_warnings(sites)),
     )
+
+
+def _added(site: LoweredSite) -> int:
+    return 0 if site.variance is None else ranks_added(site.variance)
+
+
+def _bytes_added(site: LoweredSite) -> int:
+    row = site.a[0].nbytes + site.b[0].nbytes + site.scale.dtype.itemsize
+    return _added(site) * (row + (0 if site.arow is None else site.arow.dtype.itemsize))
 
 
 def _warnings(sites: Mapping[str, LoweredSite]) -> Iterator[str]:

@@ -41,6 +41,7 @@ class Noise:
     """The numbers of one sample of one adapter."""
 
     def __init__(self, digest: str, seed: int, sample: int) -> None:
+        self.sample = sample
         self._name = ("loramux draw", seed, digest, sample)
 
     def normals(self, module: str, stream: Stream, rows: range, columns: range) -> torch.Tensor:
