@@ -56,6 +56,7 @@ class Abilities:
                     the adapter depends on no later token. In words, under which condition
     quantised_base  whether it is lowered from names and widths of the base alone, so that the number format of the
                     base's weights does not matter; in words, under which condition
+    posterior       the kind of posterior that its adapters have; None if they are not Bayesian
     """
 
     layouts: tuple[Layout, ...]
@@ -66,6 +67,7 @@ class Abilities:
     router: str = "none"
     prefix_cache: bool | str = True
     quantised_base: bool | str = True
+    posterior: str | None = None
     why: str = ""
 
     @property

@@ -14,7 +14,7 @@ from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.methods import METHODS
 
 BEGIN, END = "<!-- methods: written by `make matrix` -->", "<!-- end of methods -->"
-HEADS = ("method", "read", "write", "serve", "exact", "router", "prefix cache", "quantised base")
+HEADS = ("method", "read", "write", "serve", "exact", "router", "prefix cache", "quantised base", "posterior")
 
 
 def data() -> list[dict[str, Any]]:
@@ -39,6 +39,7 @@ def cells(name: str, can: Abilities) -> tuple[str, ...]:
         can.router,
         _word(can.prefix_cache) if served or not can.prefix_cache else "–",
         _word(can.quantised_base) if served else "–",
+        can.posterior or "none",
     )
 
 

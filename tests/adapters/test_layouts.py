@@ -36,7 +36,8 @@ def refusal_of(folder, base) -> AdapterError:
 
 
 def names_it(error: AdapterError, name: str) -> bool:
-    """With or without the prefix that a code base puts before the module's name."""
+    """With or without the prefix that a code base puts before the module's name, and the adapter's own name."""
+    name = name.replace(".default.", ".")
     return error.field is not None and (error.field.endswith(name) or name.endswith(error.field))
 
 

@@ -89,6 +89,8 @@ class Variant(Enum):
     PLAIN = auto()
     DORA = auto()
     BIAS = auto()
+    BLOB = auto()
+    MONTECLORA = auto()
 
 
 def variant(folder: AdapterFolder) -> Variant | None:
@@ -100,6 +102,10 @@ def variant(folder: AdapterFolder) -> Variant | None:
         return None
     if config.get("use_dora"):
         return Variant.DORA
+    if config.get("bayes_eps") is not None:
+        return Variant.BLOB
+    if config.get("monteclora_config"):
+        return Variant.MONTECLORA
     return (
         Variant.BIAS if config.get("lora_bias") or config.get("bias", "none") not in ("none", None) else Variant.PLAIN
     )

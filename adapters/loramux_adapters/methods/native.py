@@ -26,6 +26,7 @@ class Native:
         serve="what the data plane runs",
         router="any",
         prefix_cache="whatever is served",
+        posterior="any",
     )
 
     def detect(self, folder: AdapterFolder) -> bool:

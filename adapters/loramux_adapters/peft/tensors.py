@@ -35,6 +35,12 @@ _REFUSED = {
     ".trainable_tokens_delta": ("trained token embeddings", _MERGE),
     ".token_adapter": ("trained token embeddings", _MERGE),
     ".modules_to_save": ("a module trained beside LoRA", _MERGE),
+    ".lora_A_rho": (
+        "what σ of a BLoB adapter is made of, and nothing says how",
+        "Was bayes_eps in training 0 or above, so that σ = ρ², or below 0, so that σ = log(1 + exp ρ)? Answer by "
+        'adding "bayes_eps" to adapter_config.json with that value (0.05 by default).',
+    ),
+    ".lora_monteclora_sampler": ("a sampler's of MonteCLoRA", "Its config must say so: monteclora_config."),
     ".lora_E": ("a part of an AdaLoRA adapter", "Its config must say so: peft_type ADALORA."),
     ".lora_velora": ("training state of VeLoRA", "Remove it from the file: it plays no part in the result."),
 }

@@ -13,24 +13,31 @@ from typing import Any
 from .. import checkpoints
 from ..checkpoints import BASE, write_adapter
 from . import (
+    abmll,
     adalora,
+    blob,
     chain,
     dora,
     dora_dynamic,
     folders,
     hydralora,
+    ivon,
     lora,
     malora,
+    mcdropout,
     melora,
     moe_peft,
     moelora,
     mola,
     mole,
+    monteclora,
     multilora,
     phatgoose,
     recognised,
     reslora,
+    scalabl,
     sira,
+    swag,
     vera,
 )
 from .draw import Tensors
@@ -99,6 +106,15 @@ SAMPLES = (
     _sample("lora_bias", "LoRA with biases (PEFT)", lora, config={"lora_bias": True}, rslora=True),
     _sample("dora", "DoRA (NVlabs/DoRA)", dora, foreign={"Wdecompose_target_modules": ["o_proj"], "use_dora": True}),
     _sample("dora", "DoRA (PEFT)", lora, config={"use_dora": True}, rslora=True, foreign={"lora_bias": True}),
+    _sample("blob", "BLoB (Wang-ML-Lab/bayesian-peft and SRI-CSL/BayesAdapt)", blob, rslora=True,
+            foreign={"lora_bias": True, "bayes_eps": "0.05", "bayes_beta": 0.2}),
+    _sample("monteclora", "MonteCLoRA (PEFT)", monteclora, rslora=True, spare=("lora_monteclora_sampler",), foreign={"lora_bias": True},),
+    _sample("ivon", "IVON-LoRA (loramux)", ivon, rslora=True, foreign={"ess": 0, "weight_decay": -1, "hess_init": 1}),
+    _sample("scalabl", "ScalaBL (SRI-CSL/BayesAdapt)", scalabl, rslora=True, spare=("log_p_",), foreign={"beta": 1}),
+    _sample("swag", "SWAG-LoRA (fortuinlab/swag-lora)", swag, rslora=True,
+            foreign={"swag_sample_scale": 0, "n_models": 0, "swag_max_num_models": 1, "swag_cov_mat": "yes"}),
+    _sample("mcdropout", "MC-dropout (loramux)", mcdropout, rslora=True, foreign={"lora_dropout": 1}),
+    _sample("abmll", "ABMLL (loramux)", abmll, rslora=True, foreign={"sigma_form": "square", "sigma_rank": 0}),
     _sample("adalora", "AdaLoRA (PEFT)", adalora, rank="init_r", foreign={"alpha_pattern": {"q_proj": 8}}),
     _sample("vera", "VeRA (PEFT)", vera, alpha=None, foreign={"lora_alpha": 8}),
     _sample("melora", "MELoRA (ChasonShi/MELoRA)", melora, rank=None, foreign={"r": 4, "top_k": 2}),
@@ -155,6 +171,10 @@ SAMPLES = (
     Sample(
         "chain", "chain of LoRAs (loramux)", folders.make_config(peft_type="CHAIN"), rank=None, alpha=None,
         parts=("first", "second"), foreign={"lora_alpha": 8, "weights": ["1", 1]},
+    ),
+    Sample(
+        "ensemble", "LoRA ensemble (loramux)", {"peft_type": "ENSEMBLE", "adapters": ["first", "second"]}, rank=None,
+        alpha=None, parts=("first", "second"), foreign={"lora_alpha": 8, "weights": [1, 1]},
     ),
     Sample(
         "lorahub", "LoraHub (loramux)", folders.make_config(), rank=None, alpha=None, parts=("first", "second"),
