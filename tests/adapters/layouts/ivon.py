@@ -1,4 +1,4 @@
-"""IVON-LoRA in our format (`loramux_adapters.methods.ivon`): PEFT's LoRA with the optimiser's Hessian beside each factor.
+"""IVON-LoRA in our format (`loramux_adapters.methods.ivon`): PEFT's LoRA and the optimiser's Hessian of each factor.
 
 team-approx-bayes/ivon-lora at 043ce23 saves the means alone. `test_ivon.py` takes the vector of `IVON` apart as the
 method's docstring says.
