@@ -48,7 +48,7 @@ class Lora:
     """PEFT's LORA without variants."""
 
     name = "lora"
-    abilities = Abilities((Layout("LoRA, rsLoRA", "PEFT", ("LORA",)),))
+    abilities = Abilities((Layout("LoRA, rsLoRA", "PEFT", ("LORA",)),), write=True)
 
     def detect(self, folder: AdapterFolder) -> bool:
         return variant(folder) is Variant.PLAIN

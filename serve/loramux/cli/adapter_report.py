@@ -6,10 +6,11 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from loramux.units import format_bytes
-from loramux_adapters import AdapterError, LoweredAdapter, unserved
+from loramux_adapters import AdapterError, LoweredAdapter, posterior_of, unserved
 from loramux_adapters.abilities import Layout
 from loramux_adapters.native import describe, digest_of
 
@@ -33,6 +34,7 @@ def report(adapter: LoweredAdapter, layout: Layout, *, made_for: str | None, che
         "magnitudes": sum(site.magnitude is not None for site in adapter.sites.values()),
         "biases": sum(site.bias is not None for site in adapter.sites.values()),
         "bayesian": adapter.bayesian,
+        "posterior": None if (posterior := posterior_of(adapter)) is None else asdict(posterior),
         "servable": not obstacles,
         "unserved": obstacles,
         "warnings": list(adapter.warnings),
@@ -58,16 +60,24 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         ("size", f"{format_bytes(found['bytes'])}, {found['dtype']}"),
         *(("gates", gate) for gate in _gates(found)),
         *_outputs(found["magnitudes"], found["biases"]),
-        ("posterior", "yes" if found["bayesian"] else "no"),
+        ("posterior", _posterior(found["posterior"])),
         ("digest", found["digest"][:16]),
         ("servable", "yes" if found["servable"] else f"no: {found['unserved'][0]}"),
         *(("", f"    {obstacle}") for obstacle in found["unserved"][1:4]),
         *(("warning", warning) for warning in found["warnings"]),
+        *(("warning", warning) for warning in (found["posterior"] or {}).get("warnings", ())),
     ]
     if (more := len(found["unserved"]) - 4) > 0:
         rows.append(("", f"    and {more} more"))
     for name, value in rows:
         yield f"{name:<10}{value}"
+
+
+def _posterior(posterior: Mapping[str, Any] | None) -> str:
+    if posterior is None:
+        return "no"
+    draws = "" if posterior["samples"] is None else f"{posterior['samples']} draws, "
+    return f"{posterior['family']} at {posterior['sites']} sites; {draws}{format_bytes(posterior['draw_bytes'])} a draw"
 
 
 def _outputs(magnitudes: int, biases: int) -> Iterator[tuple[str, str]]:

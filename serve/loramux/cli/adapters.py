@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from loramux.bases import DEFAULT_BASE
@@ -23,23 +24,22 @@ _NAMED = {
     "unpin": "let an adapter make room for others again",
     "rollback": "go back to the version before this one",
 }
+# Commands that make adapters here, each in a module of its own.
+_MAKERS = {
+    "bayesianize": "give an adapter a posterior without training",
+    "compact": "make an adapter smaller",
+    "compose": "make one adapter out of several",
+    "extract": "make an adapter out of merged weights",
+    "mean": "write a Bayesian adapter without its posterior",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done (with `check`: can be served), 1 refused, 2 for a malformed command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["compose"]:
-        from loramux.cli.compose import main as compose
-
-        return compose(argv[1:])
-    if argv[:1] == ["compact"]:
-        from loramux.cli.compact import main as compact
-
-        return compact(argv[1:])
-    if argv[:1] == ["extract"]:
-        from loramux.cli.extract import main as extract
-
-        return extract(argv[1:])
+    if argv and argv[0] in _MAKERS:
+        status: int = import_module(f"loramux.cli.{argv[0]}").main(argv[1:])
+        return status
     options = _parser().parse_args(argv)
     if options.command in ("check", "methods") or (options.command == "show" and _is_local(options)):
         from loramux.cli import adapter_files  # torch takes 2 s to import, and the others need none of it
@@ -92,9 +92,8 @@ def _parser() -> argparse.ArgumentParser:
         local.add_argument(
             "--base", metavar="BASE", help=f"to check it on: a folder or a name (default: {DEFAULT_BASE})"
         )
-    commands.add_parser("compose", help="make one adapter out of several: loramux adapters compose --help")
-    commands.add_parser("compact", help="make an adapter smaller: loramux adapters compact --help")
-    commands.add_parser("extract", help="make an adapter out of merged weights: loramux adapters extract --help")
+    for name, text in _MAKERS.items():
+        commands.add_parser(name, help=f"{text}: loramux adapters {name} --help")
     command("methods", "list the kinds of adapters and what each can do", server=False)
     return parser
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from loramux.bases import prepare_base
 from loramux.errors import ConfigError
@@ -14,10 +15,19 @@ from loramux_adapters import BaseModel
 def load_base(name: str) -> BaseModel:
     """The layers of a base model, by folder or name. Raises ConfigError when there is no such model here."""
 
-    def report(line: str) -> None:
-        sys.stderr.write(f"{line}\n")
+    return read_layers(prepare_base(name, progress=_tell), Path(name).name if Path(name).is_dir() else name)
 
-    return read_layers(prepare_base(name, progress=report), Path(name).name if Path(name).is_dir() else name)
+
+def load_runnable(name: str) -> tuple[Any, Any]:
+    """A base model in float32 and its tokeniser, to run texts through. Raises ConfigError if it cannot be run here."""
+    from loramux_adapters.compact.measure import load_model
+
+    try:
+        return load_model(prepare_base(name, progress=_tell))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The base model {name} cannot be run here: {error}.", hint="Give a folder with its weights and tokeniser."
+        ) from error
 
 
 def read_layers(place: str | Path, name: str) -> BaseModel:
@@ -38,10 +48,14 @@ def read_layers(place: str | Path, name: str) -> BaseModel:
         ) from error
 
 
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
 def check_out(path: Path, *, force: bool) -> None:
-    """Raises ConfigError where a native file cannot be written without more words."""
+    """Raises ConfigError where an adapter cannot be written without more words."""
     if path.exists() and not force:
-        raise ConfigError(f"There is a file {path} already.", hint="Name another, or overwrite it with --force.")
+        raise ConfigError(f"There is {path} already.", hint="Name another, or overwrite it with --force.")
     if not path.parent.is_dir():
         raise ConfigError(f"There is no folder {path.parent}.", hint="Make it, or name another.")
 

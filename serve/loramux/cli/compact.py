@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loramux.bases import DEFAULT_BASE, prepare_base
+from loramux.bases import DEFAULT_BASE
 from loramux.cli import compact_report
-from loramux.cli.base import check_out, load_base, native_path
+from loramux.cli.base import check_out, load_base, load_runnable, native_path
 from loramux.console import say
-from loramux.errors import ConfigError, LoramuxError
+from loramux.errors import LoramuxError
 from loramux_adapters import AdapterError, lower
 from loramux_adapters.compact import Options, compact
 from loramux_adapters.compact.adapter import check_compactable
-from loramux_adapters.compact.measure import load_model, output_errors
+from loramux_adapters.compact.measure import output_errors
 from loramux_adapters.compact.options import Grouping, Similarity
 from loramux_adapters.compact.quality import score
 from loramux_adapters.compact.statistics import RouterStatistics, from_texts, from_traffic
@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     # Files that are not what they must be are refused before the model is loaded.
     tasks = read_tasks(options.labelled) if options.labelled else []
     traffic = read_traffic(options.traffic) if options.traffic else None
-    model, tokenizer = _load(options.base) if options.calibration or tasks else (None, None)
+    model, tokenizer = load_runnable(options.base) if options.calibration or tasks else (None, None)
     texts = read_calibration(options.calibration, tokenizer) if options.calibration else []
     statistics: dict[str, RouterStatistics] | None = None
     if options.calibration and adapter.gates:
@@ -74,15 +74,6 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     digest = digest_of(adapter)
     write_native(options.out, compact_report.warned(result.after, digest, report), base.name)
     return {"out": str(options.out), "made_from": digest, **report}
-
-
-def _load(base: str) -> tuple[Any, Any]:
-    try:
-        return load_model(prepare_base(base, progress=_progress))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"The base model {base} cannot be run here: {error}.", hint="Give a folder with its weights and tokeniser."
-        ) from error
 
 
 def _progress(line: str) -> None:
