@@ -23,7 +23,7 @@ def write_mixture(folder: Path) -> Path:
     return write_native(folder / NAME, make_mixture(), "tiny")
 
 
-def _changed(change: Change) -> Builder:
+def changed(change: Change) -> Builder:
     """A sound file whose description and tensors are changed; everything else about it stays sound."""
 
     def build(folder: Path) -> None:
@@ -69,13 +69,13 @@ def _header(change: Callable[[dict[str, Any]], object]) -> Builder:
 
 
 def _gate(**changes: Any) -> Builder:
-    return _changed(lambda description, tensors: description["gates"]["q"].update(changes))
+    return changed(lambda description, tensors: description["gates"]["q"].update(changes))
 
 
 def _tensor(**changes: torch.Tensor) -> Builder:
     """`A`, `B`, `scale`, `expert`: those of the first site; `weights`: its gate's."""
     names = {part: f"gate:q.{part}" if part == "weights" else f"{Q}.{part}" for part in changes}
-    return _changed(lambda description, tensors: tensors.update({names[part]: changes[part] for part in changes}))
+    return changed(lambda description, tensors: tensors.update({names[part]: changes[part] for part in changes}))
 
 
 def _optional(gate: str, name: str, tensor: torch.Tensor) -> Builder:
@@ -83,7 +83,7 @@ def _optional(gate: str, name: str, tensor: torch.Tensor) -> Builder:
         description["gates"][gate]["tensors"] = [name]
         tensors[f"gate:{gate}.{name}"] = tensor
 
-    return _changed(change)
+    return changed(change)
 
 
 def _ints(*values: int) -> torch.Tensor:
@@ -94,11 +94,11 @@ def _ints(*values: int) -> torch.Tensor:
 
 for label, rank in {"above": 5, "below": 3, "zero": 0, "negative": -4}.items():
     attack("adapter_shape_mismatch", f"native: rank {label}")(
-        _changed(lambda description, tensors, rank=rank: description["sites"][Q].update(rank=rank))
+        changed(lambda description, tensors, rank=rank: description["sites"][Q].update(rank=rank))
     )
-attack("adapter_config_invalid", "native: giant rank")(_changed(lambda d, t: d["sites"][Q].update(rank=1 << 70)))
-attack("adapter_config_invalid", "native: rank true")(_changed(lambda d, t: d["sites"][Q].update(rank=True)))
-attack("adapter_config_invalid", "native: gate that is missing")(_changed(lambda d, t: d["sites"][Q].update(gate="x")))
+attack("adapter_config_invalid", "native: giant rank")(changed(lambda d, t: d["sites"][Q].update(rank=1 << 70)))
+attack("adapter_config_invalid", "native: rank true")(changed(lambda d, t: d["sites"][Q].update(rank=True)))
+attack("adapter_config_invalid", "native: gate that is missing")(changed(lambda d, t: d["sites"][Q].update(gate="x")))
 attack("adapter_config_invalid", "native: negative capacity")(_gate(capacity={"tokens": -1}))
 attack("adapter_config_invalid", "native: capacity over the batch")(_gate(capacity={"tokens": 1, "scope": "batch"}))
 attack("adapter_config_invalid", "native: k above E")(_gate(k=3))
@@ -106,15 +106,15 @@ attack("adapter_config_invalid", "native: p without top_p")(_gate(p=0.5))
 attack("adapter_config_invalid", "native: temperature 0")(_gate(temperature=0))
 attack("adapter_config_invalid", "native: a million hidden layers")(_gate(hidden=1_000_000))
 attack("adapter_config_invalid", "native: unknown choice")(_gate(norm="batch"))
-attack("adapter_config_invalid", "native: terminal escape")(_changed(lambda d, t: d.update(warnings=["\x1b]0;x\x07"])))
-attack("adapter_config_invalid", "native: lone surrogate")(_changed(lambda d, t: d.update(base="\ud800")))
+attack("adapter_config_invalid", "native: terminal escape")(changed(lambda d, t: d.update(warnings=["\x1b]0;x\x07"])))
+attack("adapter_config_invalid", "native: lone surrogate")(changed(lambda d, t: d.update(base="\ud800")))
 attack("adapter_config_invalid", "native: carry in a circle")(
-    _changed(lambda d, t: d["sites"][Q].update(carry={"source": Q, "kind": "prev_u"}))
+    changed(lambda d, t: d["sites"][Q].update(carry={"source": Q, "kind": "prev_u"}))
 )
 attack("adapter_unsupported_feature", "native: unknown field")(_gate(jitter=0.1))
-attack("adapter_unsupported_feature", "native: unknown version")(_changed(lambda d, t: d.update(version=2)))
-attack("adapter_unsupported_feature", "native: unknown format")(_changed(lambda d, t: d.update(format="loramux2")))
-attack("adapter_corrupt", "native: digest of something else")(_changed(lambda d, t: d.update(digest="0" * 64)))
+attack("adapter_unsupported_feature", "native: unknown version")(changed(lambda d, t: d.update(version=2)))
+attack("adapter_unsupported_feature", "native: unknown format")(changed(lambda d, t: d.update(format="loramux2")))
+attack("adapter_corrupt", "native: digest of something else")(changed(lambda d, t: d.update(digest="0" * 64)))
 attack("adapter_corrupt", "native: not JSON")(_described("{"))
 attack("adapter_corrupt", "native: empty description")(_described(""))
 attack("adapter_corrupt", "native: list for a description")(_described("[]"))
@@ -143,7 +143,7 @@ attack("adapter_shape_mismatch", "native: one site of another width")(_tensor(B=
 attack("adapter_shape_mismatch", "native: A of another rank")(_tensor(A=torch.ones(5, 24)))
 attack("adapter_shape_mismatch", "native: scale of another rank")(_tensor(scale=torch.ones(5)))
 attack("adapter_shape_mismatch", "native: empty posterior")(
-    _changed(
+    changed(
         lambda d, t: (
             d["sites"][Q].update(variance={"kind": "diagonal_a"}),
             t.update({f"{Q}.variance.sigma_a": torch.ones(0, 24)}),
@@ -160,13 +160,13 @@ attack("adapter_config_invalid", "native: expert map that skips")(_optional("dow
 attack("adapter_unsupported_feature", "native: expert ids in float")(_tensor(expert=torch.zeros(4)))
 attack("adapter_unsupported_feature", "native: expert ids in int64")(_tensor(expert=torch.zeros(4, dtype=torch.int64)))
 attack("adapter_unsupported_feature", "native: router in float64")(_tensor(weights=torch.ones(2, 24).double()))
-attack("adapter_unknown_tensor", "native: tensor beside")(_changed(lambda d, t: t.update(payload=torch.ones(1))))
-attack("adapter_missing_tensor", "native: no scale")(_changed(lambda d, t: t.pop(f"{Q}.scale")))
+attack("adapter_unknown_tensor", "native: tensor beside")(changed(lambda d, t: t.update(payload=torch.ones(1))))
+attack("adapter_missing_tensor", "native: no scale")(changed(lambda d, t: t.pop(f"{Q}.scale")))
 attack("adapter_unknown_tensor", "native: gate that nobody uses")(
-    _changed(lambda d, t: (d["gates"].update(idle={}), t.update({"gate:idle.weights": torch.ones(2, 24)})))
+    changed(lambda d, t: (d["gates"].update(idle={}), t.update({"gate:idle.weights": torch.ones(2, 24)})))
 )
 attack("adapter_no_effect", "native: zero scales")(
-    _changed(lambda d, t: t.update({key: torch.zeros_like(v) for key, v in t.items() if key.endswith(".scale")}))
+    changed(lambda d, t: t.update({key: torch.zeros_like(v) for key, v in t.items() if key.endswith(".scale")}))
 )
 
 
@@ -179,7 +179,7 @@ def _moved(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Non
             tensors[key.replace(module, other)] = tensors.pop(key)
 
 
-attack("adapter_wrong_base", "native: other names")(_changed(_moved))
+attack("adapter_wrong_base", "native: other names")(changed(_moved))
 
 # The file
 

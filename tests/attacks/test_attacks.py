@@ -17,6 +17,7 @@ from .build import ATTACKS, WEIGHTS
 from .build_experts import SOUND_EXPERTS, write_experts
 from .build_folds import SOUND, write_sound
 from .build_native import NAME, write_mixture
+from .build_posteriors import SOUND_POSTERIORS, write_ensemble, write_posterior
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +65,15 @@ def test_the_sound_folds_are_accepted(tmp_path, method):
 @pytest.mark.parametrize("method", SOUND_EXPERTS)
 def test_the_sound_mixtures_and_chains_are_accepted(tmp_path, method):
     assert lower(write_experts(tmp_path, method), BASE).method == method
+
+
+@pytest.mark.parametrize("method", SOUND_POSTERIORS)
+def test_the_sound_posteriors_are_accepted(tmp_path, method):
+    assert lower(write_posterior(tmp_path, method), BASE).method == method
+
+
+def test_the_sound_ensemble_is_accepted(tmp_path):
+    assert lower(write_ensemble(tmp_path), BASE).method == "ensemble"
 
 
 def test_the_sound_native_file_is_accepted(tmp_path):

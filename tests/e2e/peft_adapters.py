@@ -23,6 +23,10 @@ OTHERS: dict[str, tuple[dict[str, Any], float]] = {
     ),
     "vera": ({"peft": "VeraConfig", "r": 48, "target_modules": ["q_proj", "v_proj"]}, 1.0),
     "dora": ({"r": 6, "lora_alpha": 12, "target_modules": "all-linear", "use_dora": True}, 0.02),
+    "monteclora": (
+        {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "monteclora_config": {"num_samples": 2}},
+        0.02,
+    ),
     "lora_bias": (
         {
             "r": 8,

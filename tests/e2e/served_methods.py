@@ -21,17 +21,21 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from loramux_adapters import BaseModel
+from loramux_adapters import BaseModel, draw, lower, write_native
 
 from ..adapters.checkpoints import write_adapter
 from ..adapters.hooks import Delta
 from ..adapters.layouts import (
+    abmll,
+    blob,
     chain,
     dora_dynamic,
     folders,
     hydralora,
+    ivon,
     lora,
     malora,
+    mcdropout,
     melora,
     moe_peft,
     moelora,
@@ -40,9 +44,12 @@ from ..adapters.layouts import (
     multilora,
     native,
     reslora,
+    scalabl,
     sira,
+    swag,
 )
-from ..adapters.layouts.draw import targeted
+from ..adapters.layouts.draw import PREFIX, targeted
+from ..adapters.posterior.reference import Reference
 from . import peft_adapters
 
 LAYERS = 30
@@ -81,7 +88,7 @@ def _row(method: str, layout: ModuleType, **config: Any) -> Row:
 
 
 def _folders(method: str, kind: str) -> Row:
-    config = folders.make_config(peft_type=kind)
+    config = folders.make_config(peft_type=kind) if kind != "ENSEMBLE" else {"peft_type": kind, "adapters": ["1", "2"]}
     part = lora.make_config(lora_alpha=0.4, target_modules=["q_proj", "up_proj"])
 
     def make(folder: Path, base: BaseModel, seed: int) -> tuple[Path, Mapping[str, Delta]]:
@@ -102,15 +109,36 @@ def _native(folder: Path, base: BaseModel, seed: int) -> tuple[Path, Mapping[str
     return path, {module: partial(native.delta, tensors, module) for module in modules}
 
 
+def _draw(folder: Path, base: BaseModel, seed: int) -> tuple[Path, Mapping[str, Delta]]:
+    """One weight draw of a BLoB adapter, as a file of its own: A = M + ρ² ⊙ z with numbers of the reference."""
+    config = blob.make_config(lora_alpha=0.2, target_modules=["v_proj"])
+    tensors = blob.make_tensors(config, base, seed=seed)
+    adapter = lower(write_adapter(folder, config, tensors), base)
+    path = write_native(folder.with_suffix(".safetensors"), draw(adapter, digest="d", seed=1, sample=2), base.name)
+    numbers = Reference("d", 1, 2)
+    for module in targeted(config, base):
+        name = f"{PREFIX}{module}.lora_A.weight"
+        rho = tensors[name.replace(".weight", "_rho")].double()
+        noise = torch.from_numpy(numbers.normals(module, "a", *rho.shape))
+        tensors[name] = tensors[name].double() + rho.square() * noise
+    return path, {module: partial(blob.delta, config, tensors, module) for module in targeted(config, base)}
+
+
 ROWS: dict[str, Row] = {
     "native": Row("native", _native),
+    "abmll": _row("abmll", abmll, lora_alpha=0.3),
+    "blob": _row("blob", blob, lora_alpha=0.4),
+    "blob, a draw": Row("native", _draw),
     "chain": _folders("chain", "CHAIN"),
     "xgblora": _row("chain", chain, lora_alpha=0.2, target_modules=["v_proj", "down_proj"]),
     "dora_dynamic": _row("dora_dynamic", dora_dynamic, lora_alpha=0.6),
+    "ensemble": _folders("ensemble", "ENSEMBLE"),
     "hydralora": _row("hydralora", hydralora, lora_alpha=0.4),
+    "ivon": _row("ivon", ivon, lora_alpha=0.3, target_modules=["k_proj", "v_proj"]),
     "lorahub": _folders("lorahub", "LORAHUB"),
     "malora": _row("malora", malora, lora_alpha=0.4),
     "malora, shared rows": _row("malora", malora, lora_alpha=0.4, shared_rank=3, target_modules=["o_proj"]),
+    "mcdropout": _row("mcdropout", mcdropout, lora_alpha=0.3, target_modules=["o_proj"]),
     "melora": _row("melora", melora, lora_alpha=[0.2, 0.4, 0.1, -0.3]),
     "moelora": _row("moelora", moelora, lora_alpha=0.8, task_id=2),
     "moe_peft, mola": _row("moe_peft", moe_peft, lora_alpha=0.4, target_modules=["k_proj", "up_proj"]),
@@ -125,7 +153,9 @@ ROWS: dict[str, Row] = {
     "adamole": _row("mole", mole, peft_type="ADAMOLE", lora_alpha=0.4, target_modules=["v_proj", "up_proj"]),
     "multilora": _row("multilora", multilora, lora_alpha=2),
     "reslora": _row("reslora", reslora, lora_alpha=0.3, pre_num=2, target_modules="q.v"),
+    "scalabl": _row("scalabl", scalabl, lora_alpha=0.3),
     "sira": _row("sira", sira, lora_alpha=0.3),
+    "swag": _row("swag", swag, lora_alpha=0.002, n_models=3, target_modules=["q_proj", "up_proj"]),
 }  # fmt: skip
 
 # Options of PEFT's config, and the deviation of what starts as zero.

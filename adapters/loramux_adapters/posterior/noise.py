@@ -21,7 +21,7 @@ WHOLE_ADAPTER = ""
 """Stands for the module in what is drawn once for all of them."""
 
 _Law = Callable[[Words], npt.NDArray[np.float64]]
-_PIECE = 1 << 15  # numbers made at a time, to stay in the cache
+_PIECE = 1 << 16  # numbers made at a time, to stay in the cache
 _SIGN_BIT = np.uint64(1 << 31)
 
 

@@ -8,6 +8,8 @@ from .draw import PREFIX, draw, targeted
 
 SIGMA_RANK = 3
 
+delta = lora.delta  # of the mean
+
 
 def make_config(**changes):
     return lora.make_config(peft_type="ABMLL", sigma_rank=SIGMA_RANK, sigma_offset=0.01) | changes

@@ -10,6 +10,8 @@ from ..checkpoints import BASE
 from . import lora
 from .draw import PREFIX, targeted
 
+delta = lora.delta  # of the mean
+
 
 def make_config(**changes):
     return lora.make_config(bayes_eps=0.05) | changes

@@ -23,7 +23,9 @@ def make_parts(config, part, base=BASE, dtype=torch.float32, seed=0):
 
 
 def delta(config, part, parts, module, x):
-    """CHAIN: s · Σ_i w_i B_i A_i x.  LORAHUB: s · (Σ_i w_i B_i) (Σ_i w_i A_i) x."""
+    """CHAIN: s · Σ_i w_i B_i A_i x.  LORAHUB: s · (Σ_i w_i B_i) (Σ_i w_i A_i) x.  ENSEMBLE: the first one's."""
+    if config["peft_type"] == "ENSEMBLE":
+        return lora.delta(part, next(iter(parts.values())), module, x)
     a, b = (
         [tensors[f"{PREFIX}{module}.lora_{factor}.weight"].double() for tensors in parts.values()] for factor in "AB"
     )

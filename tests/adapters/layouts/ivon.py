@@ -9,6 +9,8 @@ import torch
 from ..checkpoints import BASE
 from . import lora
 
+delta = lora.delta  # of the mean
+
 
 def make_config(**changes):
     return lora.make_config(peft_type="IVON", ess=1e3, weight_decay=1e-3) | changes

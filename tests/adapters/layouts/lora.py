@@ -27,3 +27,9 @@ def make_tensors(config=None, base=BASE, dtype=torch.float32, seed=0):
             shapes[f"{place}.lora_magnitude_vector"] = (d_out,)
     tensors = draw(shapes, dtype, seed)
     return {name: 1 + t.abs() if name.endswith("_vector") else t for name, t in tensors.items()}
+
+
+def delta(config, tensors, module, x):
+    """α/r · B A x"""
+    a, b = (tensors[f"{PREFIX}{module}.lora_{factor}.weight"].double() for factor in "AB")
+    return config["lora_alpha"] / len(a) * x.double() @ a.T @ b.T

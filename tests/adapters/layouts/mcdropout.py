@@ -2,7 +2,7 @@
 
 from . import lora
 
-make_tensors = lora.make_tensors
+make_tensors, delta = lora.make_tensors, lora.delta
 
 
 def make_config(**changes):

@@ -24,3 +24,11 @@ def make_tensors(config=None, base=BASE, dtype=torch.float32, seed=0):
         shapes |= {f"{place}.lora_A.default.{name}": (rank,) for name in ("log_p_mu", "log_p_sigma")}
         shapes |= {f"{place}.lora_A.default.Vh": (rank, d_in), f"{place}.lora_B.default.weight": (d_out, rank)}
     return draw(shapes, dtype, seed)
+
+
+def delta(config, tensors, module, x):
+    """The mean's: α/r · B diag(exp log_s) V x"""
+    place = f"{PREFIX}{module}.lora_A.default"
+    v, log_s = tensors[f"{place}.Vh"].double(), tensors[f"{place}.log_s"].double()
+    b = tensors[f"{PREFIX}{module}.lora_B.default.weight"].double()
+    return config["lora_alpha"] / config["r"] * (x.double() @ v.T * log_s.exp()) @ b.T

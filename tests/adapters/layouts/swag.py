@@ -35,3 +35,9 @@ def make_tensors(config=None, base=BASE, dtype=torch.float32, seed=0):
             if config.get("swag_cov_mat", True):
                 tensors[f"{place}_cov_mat_sqrt"] = torch.stack(rows).to(dtype)
     return tensors
+
+
+def delta(config, tensors, module, x):
+    """The mean's: α/r · B A x"""
+    a, b = (tensors[f"base.{PREFIX}{module}.lora_{factor}.default.weight_mean"].double() for factor in "AB")
+    return config["lora_alpha"] / config["r"] * x.double() @ a.T @ b.T
