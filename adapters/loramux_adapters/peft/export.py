@@ -30,7 +30,9 @@ def write_peft(folder: Path, adapter: LoweredAdapter, base_name: str) -> None:
         tensors[f"{PREFIX}{module}.lora_A.weight"] = site.expanded_a.contiguous().clone()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b.contiguous().clone()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights = folder / "adapter_model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors' 0600 would keep a server that runs as another user out
     (folder / "adapter_config.json").write_text(json.dumps(_config(adapter, alphas, base_name), indent=2) + "\n")
 
 
