@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -64,21 +65,24 @@ class Engine:
         )
         self._base = base
         self._requests: dict[Path, Any] = {}
+        self._ids = itertools.count(1)
 
     def adapter(self, source: Path) -> Any:
         """The LoRARequest of an adapter folder, made resident on first use."""
-        from vllm.lora.request import LoRARequest
-
         if source not in self._requests:
             artefact: Artefact = prepare(source, self._base, cache_dir() / "artefacts")
-            version_id = len(self._requests) + 1
-            self.rpc("loramux_begin", version_id, str(artefact.path))
-            while (progress := self.rpc("loramux_advance", version_id))["state"] != "resident":
-                assert progress["state"] != "failed", progress
-            self._requests[source] = LoRARequest(
-                lora_name=f"{source.name}@{artefact.short}", lora_int_id=version_id, lora_path=str(artefact.path)
-            )
+            self._requests[source] = self.resident(artefact, source.name)
         return self._requests[source]
+
+    def resident(self, artefact: Artefact, name: str = "adapter") -> Any:
+        """The LoRARequest of a prepared adapter, made resident."""
+        from vllm.lora.request import LoRARequest
+
+        version_id = next(self._ids)
+        self.rpc("loramux_begin", version_id, str(artefact.path))
+        while (progress := self.rpc("loramux_advance", version_id))["state"] != "resident":
+            assert progress["state"] != "failed", progress
+        return LoRARequest(lora_name=f"{name}@{artefact.short}", lora_int_id=version_id, lora_path=str(artefact.path))
 
     def rpc(self, method: str, *args: Any) -> Any:
         return self.llm.collective_rpc(method, args=args)[0]

@@ -102,6 +102,15 @@ def check_runner(runner: Any) -> None:
     _require(runner, "_set_active_loras", ())
 
 
+def check_loaded_runner(runner: Any) -> None:
+    """What the runner has only once its model is loaded. Raises IncompatibleEngine."""
+    if hasattr(runner, "lora_state"):
+        parameters = ("logits_fn", "hidden_states", "input_batch")
+        _require(runner.prompt_logprobs_worker, "compute_prompt_logprobs", parameters)
+    else:
+        _require(runner, "_get_prompt_logprobs_dict", ("hidden_states", "num_scheduled_tokens"))
+
+
 def _require(owner: Any, name: str, parameters: tuple[str, ...]) -> None:
     method: Callable[..., Any] | None = getattr(owner, name, None)
     if method is None or not set(parameters) <= _parameters(method):

@@ -9,8 +9,10 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from loramux.engine import hooks, probe
 from loramux.engine.manager import AdapterManager
-from loramux.engine.settings import MISSING
+from loramux.engine.scoring import Scoring
+from loramux.engine.settings import MISSING, DataPlaneSettings
 from loramux.metrics.routing import REQUEST_KEY
+from loramux.uncertainty import READ_KEY
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -25,6 +27,14 @@ class LoramuxWorker(PlatformWorker):
         probe.check_runner(self.model_runner)
         hooks.install(self.model_runner)
         super().load_model(**kwargs)
+        probe.check_loaded_runner(self.model_runner)
+        settings = DataPlaneSettings.from_config(self.vllm_config.additional_config)
+        self._scoring = Scoring(
+            vocabulary=self.vllm_config.model_config.get_vocab_size(),
+            state_bytes=settings.score_bytes,
+            device=self.model_runner.device,
+        )
+        hooks.install_scoring(self.model_runner, self._scoring)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         self._adapters.uncritical(self._watch, scheduler_output)
@@ -53,18 +63,30 @@ class LoramuxWorker(PlatformWorker):
     def loramux_routing_report(self, tag: str) -> dict[str, Any] | None:
         return self._adapters.routing.take_report(tag)
 
+    def loramux_score_rows(self) -> int:
+        return self._scoring.rows
+
+    def loramux_scores(self, job: str) -> dict[str, Any] | None:
+        return self._scoring.take(job)
+
+    def loramux_drop_scores(self, job: str) -> None:
+        self._scoring.drop(job)
+
     @property
     def _adapters(self) -> AdapterManager:
         return cast(AdapterManager, self.model_runner.lora_manager)
 
     def _watch(self, scheduler_output: Any) -> None:
-        """Requests that ask what their routers decide say so in their sampling parameters."""
-        routing = self._adapters.routing
+        """Requests that ask what their routers decide, or are to be read, say so in their sampling parameters."""
+        routing, scoring = self._adapters.routing, self._scoring
         routing.forget(scheduler_output.finished_req_ids)
+        scoring.forget(scheduler_output.finished_req_ids)
         for request in scheduler_output.scheduled_new_reqs:
-            tag = (getattr(request.sampling_params, "extra_args", None) or {}).get(REQUEST_KEY)
-            if isinstance(tag, str):
+            extra = getattr(request.sampling_params, "extra_args", None) or {}
+            if isinstance(tag := extra.get(REQUEST_KEY), str):
                 routing.watch(request.req_id, tag)
+            if isinstance(spec := extra.get(READ_KEY), dict):
+                scoring.watch(request.req_id, spec)
 
     def _mark(self, output: Any) -> Any:
         if output is None or not self._adapters.missing:  # None: the tokens are sampled by another call

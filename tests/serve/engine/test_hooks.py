@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.lora_utils import LoraState, create_lora_capture_hook
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from loramux.engine import hooks
+from loramux.engine.scoring import Rows
 from loramux.engine.settings import MISSING
 from loramux.engine.worker import LoramuxWorker
 
@@ -160,3 +161,55 @@ def test_an_asynchronous_output_is_marked_when_it_arrives() -> None:
 def test_outputs_of_sound_steps_pass_untouched() -> None:
     later = Later(ModelRunnerOutput(req_ids=[], req_id_to_index={}))
     assert Worker(set())._mark(later) is later
+
+
+class RecordingScoring:
+    """Wants the request "read", and keeps where its rows are."""
+
+    idle = False
+
+    def __init__(self) -> None:
+        self.seen: list[Rows] = []
+
+    def wants(self, request_id: str) -> bool:
+        return request_id == "read"
+
+    def observe(self, hidden: Any, layout: Any, logits: Any) -> None:
+        assert logits(hidden) == "logits"
+        self.seen += layout
+
+
+def test_v1_shows_the_rows_of_requests_that_are_read() -> None:
+    scoring: Any = RecordingScoring()
+    runner: Any = SimpleNamespace(
+        _get_prompt_logprobs_dict=lambda hidden, scheduled: {"theirs": len(scheduled)},
+        input_batch=SimpleNamespace(req_id_to_index={"x": 0, "read": 1, "y": 2}),
+        requests={"read": SimpleNamespace(num_computed_tokens=16)},
+        query_start_loc=SimpleNamespace(np=np.array([0, 5, 12, 13])),
+        model=SimpleNamespace(compute_logits=lambda hidden: "logits"),
+    )
+    hooks.install_scoring(runner, scoring)
+    assert runner._get_prompt_logprobs_dict("hidden", {"read": 7, "x": 5, "y": 1}) == {"theirs": 3}
+    assert runner._get_prompt_logprobs_dict("hidden", {"x": 5}) == {"theirs": 1}  # not scheduled in this step
+    assert scoring.seen == [Rows("read", 5, 16, 7)]
+    scoring.idle = True
+    runner._get_prompt_logprobs_dict("hidden", {"read": 7})
+    assert len(scoring.seen) == 1
+
+
+def test_v2_shows_the_rows_of_requests_that_are_read() -> None:
+    scoring: Any = RecordingScoring()
+    worker: Any = SimpleNamespace(compute_prompt_logprobs=lambda fn, hidden, batch, ids, *, lens: (ids, lens))
+    hooks.install_scoring(SimpleNamespace(lora_state=None, prompt_logprobs_worker=worker), scoring)
+    batch = SimpleNamespace(
+        req_ids=["x", "read"],
+        num_computed_prefill_tokens_np=np.array([3, 16]),
+        num_scheduled_tokens=np.array([5, 7]),
+        prefill_len_np=np.array([8, 23]),
+        query_start_loc_np=np.array([0, 5, 12]),
+    )
+    assert worker.compute_prompt_logprobs(lambda _: "logits", "hidden", batch, 1, lens=2) == (1, 2)
+    assert scoring.seen == [Rows("read", 5, 16, 7)]
+    batch.num_computed_prefill_tokens_np[1] = 23  # it decodes now
+    worker.compute_prompt_logprobs(lambda _: "logits", "hidden", batch, 1, lens=2)
+    assert len(scoring.seen) == 1

@@ -1,0 +1,84 @@
+"""Bayesian adapters for the end-to-end tests, written as native files, and their draws on Hugging Face's model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loramux_adapters import BaseModel, Gate, LoweredAdapter, LoweredSite, Variance, write_native
+from loramux_adapters.gate import Norm, Select
+from loramux_adapters.native import digest_of
+from loramux_adapters.variance import VarianceKind
+
+EXPERTS = 3
+_SITES = ("q_proj", "v_proj", "down_proj")
+
+
+def make(base: BaseModel, *, sigma: float, mixture: bool = False, seed: int = 0, rank: int = 8) -> LoweredAdapter:
+    """A ~ N(M, σ²) at three kinds of linears of every third layer; of a mixture, every expert is drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    sites, gates = {}, {}
+    for module, (d_in, d_out) in sorted(base.linears.items()):
+        layer = int(module.split(".")[2])
+        if layer % 3 or not module.endswith(_SITES):
+            continue
+        options: dict[str, Any] = {}
+        if mixture:
+            weights = torch.randn(EXPERTS, d_in, generator=generator) * 0.02
+            gates[module] = Gate(weights, select=Select.TOP_K, k=2, norm=Norm.RENORM)
+            options = {"gate": module, "expert": torch.arange(rank, dtype=torch.int32) % EXPERTS}
+        # As training leaves them: σ differs from element to element.
+        deviation = torch.full((rank, d_in), sigma) * (0.5 + torch.rand(rank, d_in, generator=generator))
+        sites[module] = LoweredSite(
+            torch.randn(rank, d_in, generator=generator) * 0.05,
+            torch.randn(rank, d_out, generator=generator) * 0.05,
+            torch.full((rank,), 2.0),
+            variance=Variance(VarianceKind.DIAGONAL_A, {"sigma_a": deviation}),
+            **options,
+        )
+    return LoweredAdapter("test", sites, gates=gates)
+
+
+def write(adapter: LoweredAdapter, base: BaseModel, path: Path) -> Path:
+    write_native(path, adapter, base.name, digest_of(adapter))
+    return path
+
+
+@contextmanager
+def hooked(model: Any, adapter: LoweredAdapter) -> Iterator[Any]:
+    """The model with a draw: y += Σ_j B[:, j] s_j g_expert(j)(x) (A x)_j, from the formula, in the model's dtype."""
+    handles = [
+        model.get_submodule(module).register_forward_hook(_add(site, adapter.gates.get(site.gate or "")))
+        for module, site in adapter.sites.items()
+    ]
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def log_probabilities(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+    """log p(· | prompt, answer so far) of every token of the answer: [n, vocabulary] float64."""
+    with torch.inference_mode():
+        ids = torch.tensor([[*prompt, *answer[:-1]]])
+        logits = model(ids, logits_to_keep=len(answer)).logits[0]
+    return torch.log_softmax(logits.double(), -1)
+
+
+def _add(site: LoweredSite, gate: Gate | None) -> Callable[..., torch.Tensor]:
+    def hook(_: Any, args: Any, y: torch.Tensor) -> torch.Tensor:
+        x = args[0]
+        u = x @ site.expanded_a.to(x.dtype).T * site.scale.to(x.dtype)
+        if gate is not None:
+            assert site.expert is not None
+            p = torch.softmax(x @ gate.weights.to(x.dtype).T, -1)
+            kept = torch.zeros_like(p).scatter(-1, p.topk(2, -1).indices, 1.0) * p
+            u = u * (kept / kept.sum(-1, keepdim=True))[..., site.expert.long()]
+        return y + u @ site.b.to(x.dtype)
+
+    return hook
