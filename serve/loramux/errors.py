@@ -13,6 +13,8 @@
     ├── NoPreviousVersion           409  no_previous_version
     ├── PreconditionFailed          412  precondition_failed       (If-Match, If-None-Match)
     ├── InvalidRequest              400  invalid_request
+    ├── AdapterNotBayesian          400  adapter_not_bayesian      (it has no posterior to draw from)
+    ├── DrawsDoNotFit               400  uncertainty_no_room       (the draws asked for exceed adapter memory)
     ├── InvalidApiKey               401  invalid_api_key
     ├── AdminKeyRequired            403  admin_key_required
     ├── RouteNotAllowed             403  route_not_allowed         (a key with an allow-list, another route)
@@ -22,6 +24,7 @@
     ├── PathNotAllowed              403  adapter_path_not_allowed
     ├── PoolExhausted               503  adapter_memory_full
     ├── AdapterLoading              503  adapter_loading           (waited its time; Retry-After)
+    ├── UncertaintyTimeout          504  uncertainty_timeout       (a decision's draws were not read in time)
     └── StateNotWritten             500  state_not_written         (the change was not made)
 
 Each class knows its HTTP status, OpenAI `type`, stable string `code` and a hint that names the next command.
@@ -141,6 +144,22 @@ class InvalidRequest(LoramuxError):
     code = "invalid_request"
 
 
+class AdapterNotBayesian(LoramuxError):
+    """An uncertainty that only draws from a posterior can tell was asked of an adapter that has none."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "adapter_not_bayesian"
+
+
+class DrawsDoNotFit(LoramuxError):
+    """The draws that a request asks for can never lie on the device together."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "uncertainty_no_room"
+
+
 class InvalidApiKey(LoramuxError):
     """There is no key where one is needed, or it is nobody's."""
 
@@ -231,6 +250,13 @@ class AdapterLoading(LoramuxError):
     type = "server_error"
     code = "adapter_loading"
     retry_after_s = 5
+
+
+class UncertaintyTimeout(LoramuxError):
+    """The draws that a decision needs were not read within the request's `timeout_ms`."""
+
+    status = 504
+    code = "uncertainty_timeout"
 
 
 class StateNotWritten(LoramuxError):

@@ -90,6 +90,26 @@ class FakeCompose:
         return artefact
 
 
+class FakeDraw:
+    """Makes a draw whose content tells of what. Runs in a thread."""
+
+    def __init__(self, cache: Path = CACHE) -> None:
+        self.cache = cache
+        self.made: list[tuple[str, int, int]] = []
+        self.error: Exception | None = None
+        self.same = False  # every draw has one content, as without noise
+
+    def __call__(self, artefact: Artefact, *, seed: int, sample: int) -> Artefact:
+        self.made.append((artefact.digest, seed, sample))
+        if self.error is not None:
+            raise self.error
+        content = f"{artefact.digest}/{seed}/{0 if self.same else sample}"
+        drawn = make_artefact(hashlib.sha256(content.encode()).hexdigest(), self.cache, artefact.summary.nbytes)
+        if self.cache != CACHE:
+            drawn.path.write_text(content)
+        return drawn
+
+
 class FakeDataPlane:
     """A device of so many bytes that remembers which versions lie on it, in the order of what happened."""
 
@@ -169,6 +189,7 @@ class World:
     capacity: int = 10**6
     prepare: FakePrepare = field(default_factory=FakePrepare)
     compose: FakeCompose = field(default_factory=FakeCompose)
+    draw: FakeDraw = field(default_factory=FakeDraw)
     observer: Any = field(default_factory=FakeObserver)
     store: Store = field(default_factory=Store.in_memory)
 
@@ -178,6 +199,7 @@ class World:
             base=BASE,
             prepare=self.prepare,
             compose=self.compose,
+            draw=self.draw,
             data_plane=self.data_plane,
             observer=self.observer,
             store=self.store,

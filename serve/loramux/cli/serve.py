@@ -19,7 +19,7 @@ from loramux.paths import cache_dir
 from loramux.plan import LISTED, SLOTS, MemoryPlan, rank_limit
 from loramux.registry import AdapterRegistry, State
 from loramux.units import format_bytes
-from loramux_adapters import prepare
+from loramux_adapters import prepare, prepare_draw
 from loramux_adapters.compose.prepared import compose
 
 
@@ -100,6 +100,7 @@ def run(config: ServeConfig) -> int:
         compose=functools.partial(
             compose, base=base, cache=composed_folder(config, base, args.port, cache), max_rank=plan.max_rank
         ),
+        draw=functools.partial(prepare_draw, cache=cache / "draws"),
         store=store,
         # What was just read is not read twice.
         adapters={name: replace(given, artefact=known.get(name)) for name, given in adapters.items()},

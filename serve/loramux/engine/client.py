@@ -51,6 +51,11 @@ class EngineDataPlane:
         stats: dict[str, int] = await self._call("loramux_stats")
         return stats
 
+    async def score_rows(self) -> int:
+        """Tokens whose probabilities over the vocabulary can be summed at once, see `Scoring`."""
+        rows: int = await self._call("loramux_score_rows")
+        return rows
+
     async def _call(self, method: str, *args: Any) -> Any:
         # Tensor parallel size 1: one worker answers.
         return (await self._engine.collective_rpc(method, args=args))[0]

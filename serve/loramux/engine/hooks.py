@@ -13,11 +13,12 @@ And once it is loaded, because these see the hidden states of every row of a ste
 |---|---|
 | `_get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)` | V1 |
 | `prompt_logprobs_worker.compute_prompt_logprobs(logits_fn, hidden_states, input_batch, …)` | V2 |
+| `model.compute_logits(hidden_states)`, first of a step for the tokens to sample (`entropies.py`) | V1, V2 |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -25,12 +26,14 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
+from loramux.engine.entropies import Entropies
 from loramux.engine.manager import AdapterManager
 from loramux.engine.scoring import Rows, Scoring
 
 
-def install(runner: Any) -> None:
-    """Hook `runner`, which has not loaded its model yet."""
+def install(runner: Any, entropies: Entropies | None = None) -> None:
+    """Hook `runner`, which has not loaded its model yet. `entropies` is told the order of each step's requests."""
+    ordered: Callable[[Sequence[str]], None] = entropies.order if entropies is not None else lambda request_ids: None
 
     def load_lora_model(model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
         runner.lora_manager = AdapterManager(vllm_config, device)
@@ -41,24 +44,26 @@ def install(runner: Any) -> None:
 
     runner.load_lora_model = load_lora_model
     if hasattr(runner, "lora_state"):
-        _install_v2(runner, select_for_dummy_run)
+        _install_v2(runner, select_for_dummy_run, ordered)
     else:
-        _install_v1(runner, select_for_dummy_run)
+        _install_v1(runner, select_for_dummy_run, ordered)
 
 
-def _install_v1(runner: Any, select_for_dummy_run: Any) -> None:
+def _install_v1(runner: Any, select_for_dummy_run: Any, ordered: Callable[[Sequence[str]], None]) -> None:
     def set_active_loras(input_batch: Any, num_scheduled: np.ndarray, *_: object, **__: object) -> None:
         rows = len(num_scheduled)
+        ordered(input_batch.req_ids)
         runner.lora_manager.step(input_batch.request_lora_mapping[:rows], num_scheduled, input_batch.req_ids)
 
     runner.set_active_loras = set_active_loras
     runner._set_active_loras = select_for_dummy_run
 
 
-def _install_v2(runner: Any, select_for_dummy_run: Any) -> None:
+def _install_v2(runner: Any, select_for_dummy_run: Any, ordered: Callable[[Sequence[str]], None]) -> None:
     state = runner.lora_state
 
     def make_lora_inputs(req_ids: list[str], idx_mapping: np.ndarray, num_scheduled: np.ndarray) -> tuple[Any, ...]:
+        ordered(req_ids)
         return _RealStep(state.lora_ids[idx_mapping], num_scheduled, req_ids), None, None
 
     def set_active_loras(prompt_mapping: Any, token_mapping: Any, requests: Any, *rest: object) -> None:
@@ -71,8 +76,9 @@ def _install_v2(runner: Any, select_for_dummy_run: Any) -> None:
     runner._set_active_loras = set_active_loras
 
 
-def install_scoring(runner: Any, scoring: Scoring) -> None:
-    """Let `scoring` see the hidden states of every step of `runner`, which has loaded its model."""
+def install_scoring(runner: Any, scoring: Scoring, entropies: Entropies) -> None:
+    """Let these see the hidden states and the logits of every step of `runner`, which has loaded its model."""
+    runner.model.compute_logits = entropies.wrapped(runner.model.compute_logits)
     if hasattr(runner, "lora_state"):
         _install_scoring_v2(runner, scoring)
     else:

@@ -32,7 +32,7 @@ class EngineDirectory:
     async def _resolve_lora(self, name: str) -> LoRARequest:
         version = await self._registry.resolve(name)
         _found.set((name, version))
-        return _request(name, version)
+        return lora_request(name, version)
 
     def _model_name(self, lora_request: LoRARequest | None = None) -> str:
         if lora_request is None:
@@ -58,11 +58,11 @@ class _Requests(dict[str, LoRARequest]):
     def __missing__(self, spelling: str) -> LoRARequest:
         if (version := self._version(spelling)) is None:
             raise KeyError(spelling)
-        return _request(spelling, version)
+        return lora_request(spelling, version)
 
     def get(self, spelling: str, default: Any = None) -> Any:
         version = self._version(spelling)
-        return default if version is None else _request(spelling, version)
+        return default if version is None else lora_request(spelling, version)
 
     def _version(self, spelling: object) -> Version | None:
         if not isinstance(spelling, str):
@@ -83,7 +83,8 @@ def _composed(tag: str) -> Composed | None:
     return composed if composed is not None and composed.version.tag == tag else None
 
 
-def _request(spelling: str, version: Version) -> LoRARequest:
+def lora_request(spelling: str, version: Version) -> LoRARequest:
+    """What vLLM is given for a version that the caller wrote as `spelling`."""
     assert version.artefact is not None
     return LoRARequest(
         lora_name=version.tag,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,9 +16,12 @@ from loramux.config import LOAD_PATIENCE_S
 from loramux.engine.client import EngineDataPlane
 from loramux.engine.lora_gauge import bound_lora_gauge
 from loramux.engine.names import EngineDirectory
+from loramux.engine.reads import Reads
+from loramux.engine.uncertainty import Uncertainty
 from loramux.http import Services, attach
-from loramux.metrics import AdapterMetrics, RoutingMetrics, RoutingWatch, instrument
-from loramux.registry import AdapterRegistry, Compose, Given, Prepare, Store
+from loramux.metrics import AdapterMetrics, RoutingMetrics, RoutingWatch, UncertaintyMetrics, instrument
+from loramux.registry import AdapterRegistry, Compose, Draw, Given, Prepare, Store
+from loramux.uncertainty.labels import tokenise
 
 
 @dataclass
@@ -27,6 +31,7 @@ class Launch:
     base: str
     prepare: Prepare
     compose: Compose
+    draw: Draw
     store: Store
     adapters: dict[str, Given]
     roots: tuple[Path, ...] = ()
@@ -55,6 +60,7 @@ class LoramuxPlugin:
             aliases=args.served_model_name[1:],
             prepare=launch.prepare,
             compose=launch.compose,
+            draw=launch.draw,
             data_plane=data_plane,
             observer=metrics,
             store=launch.store,
@@ -67,11 +73,14 @@ class LoramuxPlugin:
         EngineDirectory(state.openai_serving_models, registry)
         routing = RoutingWatch(engine_client, RoutingMetrics(metrics.labels))
         instrument(engine_client, registry, metrics)
+        reads = Reads(engine_client, await data_plane.score_rows())
+        Uncertainty(engine_client, registry, reads, UncertaintyMetrics(metrics.labels))
         state.loramux = Services(
             registry=registry,
             base=launch.base,
             max_model_len=engine_client.model_config.max_model_len,
             pool_stats=data_plane.stats,
+            tokenise=functools.partial(tokenise, tokenizer=engine_client.renderer.tokenizer),
         )
         await registry.start(launch.adapters)
         loop = asyncio.get_running_loop()

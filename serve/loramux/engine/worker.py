@@ -8,11 +8,12 @@ from vllm.platforms import current_platform
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from loramux.engine import hooks, probe
+from loramux.engine.entropies import Entropies
 from loramux.engine.manager import AdapterManager
 from loramux.engine.scoring import Scoring
 from loramux.engine.settings import MISSING, DataPlaneSettings
 from loramux.metrics.routing import REQUEST_KEY
-from loramux.uncertainty import READ_KEY
+from loramux.uncertainty import ENTROPY_KEY, READ_KEY
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -25,7 +26,8 @@ class LoramuxWorker(PlatformWorker):
 
     def load_model(self, **kwargs: Any) -> None:
         probe.check_runner(self.model_runner)
-        hooks.install(self.model_runner)
+        self._entropies = Entropies()
+        hooks.install(self.model_runner, self._entropies)
         super().load_model(**kwargs)
         probe.check_loaded_runner(self.model_runner)
         settings = DataPlaneSettings.from_config(self.vllm_config.additional_config)
@@ -34,7 +36,7 @@ class LoramuxWorker(PlatformWorker):
             state_bytes=settings.score_bytes,
             device=self.model_runner.device,
         )
-        hooks.install_scoring(self.model_runner, self._scoring)
+        hooks.install_scoring(self.model_runner, self._scoring, self._entropies)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         self._adapters.uncritical(self._watch, scheduler_output)
@@ -69,6 +71,9 @@ class LoramuxWorker(PlatformWorker):
     def loramux_scores(self, job: str) -> dict[str, Any] | None:
         return self._scoring.take(job)
 
+    def loramux_entropies(self, tag: str) -> list[float | None]:
+        return self._entropies.take(tag)
+
     def loramux_drop_scores(self, job: str) -> None:
         self._scoring.drop(job)
 
@@ -78,15 +83,18 @@ class LoramuxWorker(PlatformWorker):
 
     def _watch(self, scheduler_output: Any) -> None:
         """Requests that ask what their routers decide, or are to be read, say so in their sampling parameters."""
-        routing, scoring = self._adapters.routing, self._scoring
-        routing.forget(scheduler_output.finished_req_ids)
-        scoring.forget(scheduler_output.finished_req_ids)
+        routing, scoring, entropies = self._adapters.routing, self._scoring, self._entropies
+        for watcher in (routing, scoring, entropies):
+            watcher.forget(scheduler_output.finished_req_ids)
         for request in scheduler_output.scheduled_new_reqs:
             extra = getattr(request.sampling_params, "extra_args", None) or {}
             if isinstance(tag := extra.get(REQUEST_KEY), str):
                 routing.watch(request.req_id, tag)
             if isinstance(spec := extra.get(READ_KEY), dict):
                 scoring.watch(request.req_id, spec)
+            if isinstance(tag := extra.get(ENTROPY_KEY), str) and request.prompt_token_ids is not None:
+                entropies.watch(request.req_id, tag, len(request.prompt_token_ids))
+        entropies.plan(scheduler_output)
 
     def _mark(self, output: Any) -> Any:
         if output is None or not self._adapters.missing:  # None: the tokens are sampled by another call

@@ -8,5 +8,16 @@ from loramux.http.error_shape import ErrorShape
 from loramux.http.model_access import ModelAccess
 from loramux.http.request_id import RequestId
 from loramux.http.routing import RoutingReport
+from loramux.http.uncertainty import UncertaintyReport
 
-MIDDLEWARE = (RequestId, AccessLog, ErrorShape, Authentication, BodyLimit, ModelAccess, Composition, RoutingReport)
+MIDDLEWARE = (
+    RequestId,
+    AccessLog,
+    ErrorShape,
+    Authentication,
+    BodyLimit,
+    ModelAccess,
+    Composition,
+    RoutingReport,
+    UncertaintyReport,
+)

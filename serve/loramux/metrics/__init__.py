@@ -3,5 +3,6 @@
 from loramux.metrics.adapters import AdapterMetrics
 from loramux.metrics.instrument import instrument
 from loramux.metrics.routing import RoutingMetrics, RoutingWatch
+from loramux.metrics.uncertainty import UncertaintyMetrics
 
-__all__ = ["AdapterMetrics", "RoutingMetrics", "RoutingWatch", "instrument"]
+__all__ = ["AdapterMetrics", "RoutingMetrics", "RoutingWatch", "UncertaintyMetrics", "instrument"]

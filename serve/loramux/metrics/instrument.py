@@ -30,7 +30,7 @@ def instrument(engine: Any, registry: AdapterRegistry, metrics: AdapterMetrics) 
         # vLLM's server may hand over a request that was processed already, with its adapter in it.
         processed = getattr(prompt, "lora_request", None)
         asked = lora_request or processed
-        version = await _leased(registry, asked) if asked is not None else None
+        version = await leased(registry, asked) if asked is not None else None
         if processed is not None:
             prompt.lora_request = asked
         try:
@@ -48,7 +48,7 @@ def instrument(engine: Any, registry: AdapterRegistry, metrics: AdapterMetrics) 
     engine.generate = generate
 
 
-async def _leased(registry: AdapterRegistry, asked: Any) -> Version:
+async def leased(registry: AdapterRegistry, asked: Any) -> Version:
     """A lease on the version that `asked` names, or on the one that has taken its place; `asked` names it then.
 
     One answer may take several calls with the same request (beam search, tools): from the second on it wants exactly

@@ -5,12 +5,13 @@ entry       states, versions, adapters               changes     put, delete, ro
 reader      source to artefact                       residency   artefact to device: leases, eviction
 store       what outlives the server                 startup     what there is at the start
 compositions  sums and mixtures that requests ask for
+draws       draws from posteriors                made        what both have in common
 """
 
 from loramux.registry.changes import Condition
 from loramux.registry.compositions import Held, Share
 from loramux.registry.entry import Adapter, State, Version
-from loramux.registry.protocols import Compose, DataPlane, Observer, Prepare
+from loramux.registry.protocols import Compose, DataPlane, Draw, Observer, Prepare
 from loramux.registry.reader import read_source
 from loramux.registry.registry import AdapterRegistry
 from loramux.registry.startup import Given
@@ -22,6 +23,7 @@ __all__ = [
     "Compose",
     "Condition",
     "DataPlane",
+    "Draw",
     "Given",
     "Held",
     "Observer",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from loramux.errors import AdapterRefused, InvalidRequest
-from loramux.registry.entry import State, Version
+from loramux.registry.entry import Version
+from loramux.registry.made import Made
 from loramux.registry.protocols import Compose
 from loramux_adapters import AdapterCorrupt, AdapterError, AdapterNotFound, Artefact
 from loramux_adapters.compose.prepared import Part, Router
@@ -50,19 +50,14 @@ class Compositions:
     def __init__(self, compose: Compose, changes: Changes, residency: Residency, *, kept: int = KEPT) -> None:
         self._compose = compose
         self._changes = changes
-        self._residency = residency
-        self._kept = kept
-        self._versions: dict[Key, Version] = {}
-        self._users: Counter[Key] = Counter()
+        self._made: Made[Key] = Made(residency, kept=kept)
 
     def __len__(self) -> int:
-        return len(self._versions)
+        return len(self._made)
 
     def find(self, tag: str) -> Version | None:
-        """The version of this tag. Of those with the same content one on the device, else one that a request holds."""
-        twins = [(key, version) for key, version in self._versions.items() if version.tag == tag]
-        best = max(twins, key=lambda twin: (twin[1].state is State.RESIDENT, self._users[twin[0]] > 0), default=None)
-        return None if best is None else best[1]
+        """The version of this tag."""
+        return self._made.find(tag)
 
     @contextmanager
     def held(self, parts: Sequence[tuple[Version, float, int | None]], router: Router | None = None) -> Iterator[Held]:
@@ -80,16 +75,8 @@ class Compositions:
         order = tuple(sorted(range(len(given)), key=lambda place: _identity(given[place])))
         ordered = [given[place] for place in order]
         key = router, tuple(map(_identity, ordered))
-        version = self._versions.pop(key) if key in self._versions else self._new(ordered, router)
-        self._versions[key] = version
-        self._users[key] += 1
-        try:
+        with self._made.held(key, lambda: self._new(ordered, router)) as version:
             yield Held(version, order)
-        finally:
-            self._users[key] -= 1
-            if not self._users[key]:
-                del self._users[key]
-            self._clean()
 
     def _new(self, parts: Sequence[Part], router: Router | None) -> Version:
         def make() -> Artefact:
@@ -108,25 +95,6 @@ class Compositions:
         version = self._changes.version(COMPOSED, parts[0].artefact.path)
         version.make = make
         return version
-
-    def _clean(self) -> None:
-        """Forget what failed, so that it is tried again, and what is too much."""
-        for key in self._idle():
-            if self._versions[key].state is State.FAILED:
-                self._forget(key)
-        for key in self._idle()[: max(0, len(self._versions) - self._kept)]:
-            self._forget(key)
-
-    def _idle(self) -> list[Key]:
-        return [key for key, version in self._versions.items() if not self._users[key] and not version.busy]
-
-    def _forget(self, key: Key) -> None:
-        version = self._versions.pop(key)
-        version.retire()
-        self._residency.drain(version)
-        if version.artefact is not None and self.find(version.tag) is None:
-            with suppress(OSError):
-                version.artefact.path.unlink(missing_ok=True)
 
 
 def _part(version: Version, weight: float, task: int | None) -> Part:

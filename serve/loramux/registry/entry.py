@@ -88,6 +88,11 @@ class Version:
         """Its artefact is there, and nothing has to be read."""
         return self.state in (State.HOST, State.RESIDENT, State.DRAINING)
 
+    @property
+    def bayesian(self) -> bool:
+        """Whether it has a posterior to draw from, as far as its content is known."""
+        return self.artefact is not None and self.artefact.summary.bayesian
+
     def move(self, state: State) -> None:
         """Enter `state`. Raises ValueError on a transition the table does not allow."""
         if state not in TRANSITIONS[self.state]:

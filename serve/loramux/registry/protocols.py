@@ -27,6 +27,13 @@ class Compose(Protocol):
         """Raises AdapterError, or OSError for the cache."""
 
 
+class Draw(Protocol):
+    """Makes one draw from the posterior of a prepared adapter; runs in a worker thread."""
+
+    def __call__(self, artefact: Artefact, *, seed: int, sample: int) -> Artefact:
+        """Raises AdapterError, or OSError for the cache."""
+
+
 class DataPlane(Protocol):
     """The device side of an adapter version."""
 

@@ -11,8 +11,9 @@ from loramux.errors import AdapterExists, AdapterLoading, AdapterNotFound, Adapt
 from loramux.registry.catalogue import Catalogue
 from loramux.registry.changes import Changes, Condition, always
 from loramux.registry.compositions import COMPOSED, Compositions, Held, Share
+from loramux.registry.draws import DRAWN, Draws
 from loramux.registry.entry import Adapter, State, Version
-from loramux.registry.protocols import Compose, DataPlane, Observer, Prepare
+from loramux.registry.protocols import Compose, DataPlane, Draw, Observer, Prepare
 from loramux.registry.reader import Reader
 from loramux.registry.residency import Residency
 from loramux.registry.sources import Roots
@@ -31,6 +32,7 @@ class AdapterRegistry:
         base: str,
         prepare: Prepare,
         compose: Compose,
+        draw: Draw,
         data_plane: DataPlane,
         observer: Observer,
         store: Store,
@@ -53,6 +55,7 @@ class AdapterRegistry:
             self._catalogue, self._reader, self._residency, store, observer, self._tasks, patience_s=patience_s
         )
         self._compositions = Compositions(compose, self._changes, self._residency)
+        self._draws = Draws(draw, self._changes, self._residency, capacity_bytes=capacity_bytes)
         self._startup = Startup(self._catalogue, self._changes, self._reader, self._residency, store)
 
     # -- what there is
@@ -110,10 +113,11 @@ class AdapterRegistry:
         name, _, digest = tag.partition("@")
 
         def target() -> Version:
-            if name == COMPOSED:
-                if (composed := self._compositions.find(tag)) is None:
+            if name in (COMPOSED, DRAWN):
+                made = self._compositions if name == COMPOSED else self._draws
+                if (version := made.find(tag)) is None:
                     raise gone(tag)
-                return composed
+                return version
             adapter = self._catalogue.get(name)
             if adapter is None:
                 raise gone(name)
@@ -145,6 +149,24 @@ class AdapterRegistry:
         with self._compositions.held(found, router) as held:
             await self._enter(lambda: held.version, self._residency.recall, deadline)
             yield held
+
+    def check_room(self, version: Version, samples: int) -> None:
+        """Raises DrawsDoNotFit if so many draws of a resident version can never lie on the device with it."""
+        self._draws.check_room(version, samples)
+
+    @asynccontextmanager
+    async def drawn(self, version: Version, *, seed: int, samples: int) -> AsyncIterator[list[Version]]:
+        """The first draws from the posterior of a leased version: on the device, and leased, until this is left.
+
+        The same for the same version and seed, whoever asks and whenever. Raises as `resolve`.
+        """
+        deadline = asyncio.get_running_loop().time() + self._patience_s
+
+        async def lease(draw: Version) -> None:
+            await self._enter(lambda: draw, self._residency.take, deadline)
+
+        async with self._draws.held(version, seed=seed, samples=samples, lease=lease) as versions:
+            yield versions
 
     async def _part(self, spelling: str, param: str, deadline: float) -> Version:
         """The version that a part's name means, once its artefact is there."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 from loramux.errors import LoramuxError
@@ -32,6 +33,18 @@ class Tasks:
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, LoramuxError):  # of those the adapter's card tells
             logger.error("a bug in the adapter registry", exc_info=error)
+
+
+async def all_of(work: Iterable[Coroutine[Any, Any, T]], context: contextvars.Context | None = None) -> list[T]:
+    """What all of it returns, done at once, in order. Raises the first error, once nothing of it runs any more."""
+    within = contextvars.copy_context() if context is None else context  # an empty one is false
+    tasks = [within.run(asyncio.ensure_future, one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Turns:

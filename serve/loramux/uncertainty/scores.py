@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 #: Of a scored answer, by their names in requests and answers.
@@ -53,7 +54,8 @@ class Split:
 
     @property
     def epistemic(self) -> Array:
-        return self.epistemic_raw * self.draws / (self.draws - 1)
+        corrected: Array = self.epistemic_raw * self.draws / np.maximum(self.draws - 1, 1)  # 0 of a single draw
+        return corrected
 
     @property
     def total(self) -> Array:
@@ -120,7 +122,7 @@ class Decision:
 
 
 def decide(logp: Array) -> Decision:
-    """From log p_s(label | x), [S, K], S at least 2:
+    """From log p_s(label | x), [S, K]; of one row there is no deviation and nothing epistemic.
 
     P_s = softmax over the labels of log p_s      P = mean_s P_s      label_mass = mean_s Σ_labels p_s(label | x)
     """
@@ -130,7 +132,8 @@ def decide(logp: Array) -> Decision:
     p = mass / mass.sum(1, keepdims=True)
     mean = p.mean(0)
     parts = Split(entropy(mean)[None], entropy(p).mean(0, keepdims=True), np.array([float(len(p))]))
-    return Decision(mean, p.std(0, ddof=1), parts, float((mass.sum(1) * np.exp(top[:, 0])).mean()))
+    deviation = p.std(0, ddof=1) if len(p) > 1 else np.zeros_like(mean)
+    return Decision(mean, deviation, parts, float((mass.sum(1) * np.exp(top[:, 0])).mean()))
 
 
 def fast_scores(entropies: Sequence[float], logp: Sequence[float]) -> dict[str, float]:
@@ -159,6 +162,6 @@ def log_mean_exp(values: Array) -> float:
     return float(top + np.log(np.exp(values - top).mean()))
 
 
-def chosen(scores: Mapping[str, float], names: Sequence[str] | None) -> dict[str, float]:
+def chosen(scores: Mapping[str, T], names: Sequence[str] | None) -> dict[str, T]:
     """The scores a request asked for, all if it did not say; in the order of `scores`."""
     return {name: value for name, value in scores.items() if names is None or name in names}

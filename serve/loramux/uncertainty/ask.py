@@ -1,0 +1,170 @@
+"""`"uncertainty": {…}` in a request: what it may ask for.
+
+mode            score: S draws of the weights read the answer that the mean gave
+                decide: S draws choose between `labels`; the answer is the most probable one
+                sample: `samples` choices, each written under a draw of its own
+                fast: entropy and likelihood of the answer as it was written, no draws
+                off; left out: score for a Bayesian adapter, else fast
+samples         draws, 2 to 64; 8 if left out
+seed            of the draws; 0 if left out, and scores are comparable only for one seed
+noise           "sequence", the only one: one draw is one set of weights for the whole sequence
+scores          names; all if left out
+per_token       total, aleatoric and epistemic of every token too
+labels          of decide: texts
+on_unsupported  for an adapter without a posterior: "fast" (what can be told without draws) or "error"
+timeout_ms      how long an answer may wait for its scores; then they are `partial`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from loramux.errors import AdapterNotBayesian, InvalidRequest
+from loramux.uncertainty.scores import FAST_SCORES, LABEL_SCORES, SEQUENCE_SCORES
+
+FIELD = "uncertainty"
+MIN_SAMPLES, SAMPLES, MAX_SAMPLES = 2, 8, 64
+MAX_LABELS = 64
+_LONGEST_LABEL = 256
+_MAX_TIMEOUT_MS = 600_000
+_MAX_SEED = 2**63 - 1
+
+
+class Mode(StrEnum):
+    SCORE = "score"
+    DECIDE = "decide"
+    SAMPLE = "sample"
+    FAST = "fast"
+
+
+SCORES: dict[Mode, tuple[str, ...]] = {
+    Mode.SCORE: SEQUENCE_SCORES,
+    Mode.DECIDE: LABEL_SCORES,
+    Mode.SAMPLE: ("agreement", "semantic_entropy", "clusters"),
+    Mode.FAST: FAST_SCORES,
+}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A well-formed request for an uncertainty. `mode` is None if it is up to the adapter."""
+
+    mode: Mode | None = None
+    samples: int | None = None
+    seed: int = 0
+    scores: tuple[str, ...] | None = None
+    per_token: bool = False
+    labels: tuple[str, ...] = ()
+    fast_if_unsupported: bool = True
+    timeout_s: float | None = None
+
+
+def parse(value: Any) -> Ask | None:
+    """The field's value as an Ask; None if nothing is asked for. Raises InvalidRequest, which names the field."""
+    if value is None or value is False:
+        return None
+    if value is True:
+        return Ask()
+    if not isinstance(value, dict):
+        raise _invalid("must be an object", 'Send "uncertainty": {"mode": "score", "samples": 8}.')
+    unknown = sorted(set(value) - set(_FIELDS))
+    if unknown:
+        raise _invalid(f"has no {unknown[0][:64]!r}", f"Its fields are {', '.join(_FIELDS)}.", unknown[0][:64])
+    given = {name: item for name, item in value.items() if item is not None}
+    if given.get("mode") == "off":
+        return None
+    named = _one_of(given, "mode", [*Mode, "off"])
+    mode = Mode(named) if named else None
+    if given.get("noise", "sequence") != "sequence":
+        raise _invalid('can only be "sequence"', "Leave it out: one draw is one set of weights.", "noise")
+    timeout = _whole(given, "timeout_ms", 1, _MAX_TIMEOUT_MS)
+    return Ask(
+        mode=mode,
+        samples=_whole(given, "samples", MIN_SAMPLES, MAX_SAMPLES),
+        seed=_whole(given, "seed", 0, _MAX_SEED) or 0,
+        scores=_scores(given, mode),
+        per_token=_flag(given, "per_token"),
+        labels=_labels(given, mode),
+        fast_if_unsupported=_one_of(given, "on_unsupported", ["fast", "error"]) != "error",
+        timeout_s=None if timeout is None else timeout / 1000,
+    )
+
+
+def resolve(ask: Ask, *, bayesian: bool) -> Mode:
+    """The mode that answers. Raises AdapterNotBayesian if that would need draws, and the request wants no other."""
+    if bayesian:
+        return ask.mode or Mode.SCORE
+    if ask.mode in (None, Mode.FAST):
+        return Mode.FAST
+    if not ask.fast_if_unsupported:
+        raise AdapterNotBayesian(
+            f"What answers has no posterior to draw from, which the mode {ask.mode.value!r} needs.",
+            hint='Name a Bayesian adapter (GET /v1/adapters: "bayesian"), or send "on_unsupported": "fast".',
+            param="model",
+        )
+    # One set of weights can decide and be sampled from; there is only nothing for draws to disagree on.
+    return Mode.FAST if ask.mode is Mode.SCORE else ask.mode
+
+
+_FIELDS = ("mode", "samples", "seed", "noise", "scores", "per_token", "labels", "on_unsupported", "timeout_ms")
+
+
+def _whole(given: dict[str, Any], name: str, least: int, most: int) -> int | None:
+    value = given.get(name)
+    if value is not None and not (type(value) is int and least <= value <= most):
+        raise _invalid(f"must be a whole number from {least} to {most}", _LEAVE_OUT, name)
+    return value
+
+
+def _flag(given: dict[str, Any], name: str) -> bool:
+    if not isinstance(value := given.get(name, False), bool):
+        raise _invalid("must be true or false", _LEAVE_OUT, name)
+    return value
+
+
+def _one_of(given: dict[str, Any], name: str, values: Sequence[str]) -> str | None:
+    if name in given and given[name] not in values:
+        raise _invalid(f"must be one of {', '.join(values)}", _LEAVE_OUT, name)
+    return given.get(name)
+
+
+def _scores(given: dict[str, Any], mode: Mode | None) -> tuple[str, ...] | None:
+    if "scores" not in given:
+        return None
+    known = SCORES[mode] if mode else tuple(dict.fromkeys([*SEQUENCE_SCORES, *FAST_SCORES]))
+    names = given["scores"]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise _invalid("must be a list of names", f"There are {', '.join(known)}.", "scores")
+    for name in names:
+        if name not in known:
+            raise _invalid(f"has no {name[:64]!r}", f"There are {', '.join(known)}.", "scores")
+    return tuple(names)
+
+
+def _labels(given: dict[str, Any], mode: Mode | None) -> tuple[str, ...]:
+    if (mode is Mode.DECIDE) != ("labels" in given):
+        raise _invalid('belongs to the mode "decide"', 'Send "mode": "decide", "labels": ["yes", "no"].', "labels")
+    labels = given.get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise _invalid("must be a list of texts", 'Send "labels": ["yes", "no"].', "labels")
+    if mode is Mode.DECIDE and not 2 <= len(labels) <= MAX_LABELS:
+        raise _invalid(f"must be 2 to {MAX_LABELS}", "Give the labels to choose between.", "labels")
+    for place, label in enumerate(labels):
+        if not 0 < len(label) <= _LONGEST_LABEL:
+            raise _invalid(
+                f"must have 1 to {_LONGEST_LABEL} characters", "Leave it out or shorten it.", f"labels[{place}]"
+            )
+        if label in labels[:place]:
+            raise _invalid("is there twice", "Give every label once.", f"labels[{place}]")
+    return tuple(labels)
+
+
+_LEAVE_OUT = "Leave it out for the default."
+
+
+def _invalid(what: str, hint: str, name: str = "") -> InvalidRequest:
+    param = f"{FIELD}.{name}" if name else FIELD
+    return InvalidRequest(f"`{param}` {what}.", hint=hint, param=param)

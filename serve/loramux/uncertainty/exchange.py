@@ -1,0 +1,26 @@
+"""What the HTTP side and the engine side of a request for an uncertainty tell each other."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from loramux.uncertainty.ask import Ask, Mode
+
+
+@dataclass(eq=False)
+class Exchange:
+    """One request's. The engine side fills `choices`, before the end of each choice is passed on."""
+
+    ask: Ask
+    mode: Mode
+    samples: int
+    labels: tuple[tuple[int, ...], ...] = ()  # tokens of the ask's labels
+    greedy: bool = False  # the draws of `sample` write their most probable tokens
+    choices: dict[int, dict[str, Any]] = field(default_factory=dict)  # the field `uncertainty` of each
+    tokens: int = 0  # read beyond those of the answer itself
+
+
+#: Set while a request that asks for an uncertainty is carried out.
+exchange: ContextVar[Exchange | None] = ContextVar("loramux_uncertainty", default=None)

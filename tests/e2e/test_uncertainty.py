@@ -1,0 +1,289 @@
+"""Uncertainties through `loramux serve` and the openai client equal Hugging Face's model in float64, draw by draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import torch
+
+from loramux.paths import cache_dir
+from loramux.uncertainty import scores
+from loramux_adapters import BaseModel, LoweredAdapter, open_artefact, prepare, prepare_draw
+
+from . import bayesian
+from .conftest import Server, run_server
+from .hugging_face import load
+
+pytestmark = pytest.mark.engine
+
+S = 3
+TOLERANCE = 1e-4  # nats
+BASE = "smollm2-135m-instruct"
+QUESTION = [{"role": "user", "content": "Name a river in Europe and say in a few words where it flows."}]
+LABELS = ["yes", "no", "it depends"]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, base_model: BaseModel) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bayesian")
+    made = {
+        "doubt": bayesian.make(base_model, sigma=0.05, seed=1),
+        "doubts": bayesian.make(base_model, sigma=0.1, mixture=True, seed=2),
+        "sure": bayesian.make(base_model, sigma=0.0, seed=3),
+    }
+    return {name: bayesian.write(one, base_model, folder / f"{name}.safetensors") for name, one in made.items()}
+
+
+@pytest.fixture(scope="module")
+def bayesian_server(
+    tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path], spare_adapters: Path
+) -> Iterator[Server]:
+    named = [f"--adapter={name}={path}" for name, path in {**adapters, "plain": spare_adapters / "spare0"}.items()]
+    with run_server(tmp_path_factory.mktemp("server") / "log", *named, "--adapter-memory", "64MiB") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(bayesian_server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{bayesian_server.url}/v1", api_key="EMPTY", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def reference(base_path: Path) -> Any:
+    return load(base_path, torch.float64)
+
+
+def draws(source: Path, base: BaseModel, seed: int = 0) -> list[LoweredAdapter]:
+    artefact = prepare(source, base, cache_dir() / "artefacts")
+    made = [prepare_draw(artefact, cache_dir() / "artefacts", seed=seed, sample=s) for s in range(S)]
+    return [open_artefact(draw.path) for draw in made]
+
+
+def expected(model: Any, drawn: list[LoweredAdapter], prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """log p_s,t: [S, n, vocabulary]."""
+    found = []
+    for draw in drawn:
+        with bayesian.hooked(model, draw):
+            found.append(bayesian.log_probabilities(model, prompt, answer))
+    return torch.stack(found)
+
+
+def ask(client: openai.OpenAI, model: str, uncertainty: Any, **options: Any) -> Any:
+    body = {"uncertainty": uncertainty, "return_token_ids": True, **options.pop("extra_body", {})}
+    return client.chat.completions.create(
+        **{"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": 24, **options}, extra_body=body
+    )
+
+
+@pytest.mark.parametrize("model", ["doubt", "doubts"])
+def test_scores_equal_the_reference(
+    client: openai.OpenAI, adapters: dict[str, Path], base_model: BaseModel, reference: Any, model: str
+) -> None:
+    answer = ask(client, model, {"samples": S, "per_token": True}, logprobs=True)
+    choice = answer.choices[0]
+    told = choice.uncertainty
+    prompt, tokens = answer.prompt_token_ids, choice.token_ids
+    logp = expected(reference, draws(adapters[model], base_model), prompt, tokens)
+    p = logp.exp()
+    total = torch.special.entr(p.mean(0)).sum(-1).numpy()
+    aleatoric = torch.special.entr(p).sum(-1).mean(0).numpy()
+    epistemic = (total - aleatoric) * S / (S - 1)
+    for t, entry in enumerate(choice.logprobs.content):
+        assert abs(entry.uncertainty["aleatoric"] - aleatoric[t]) < TOLERANCE
+        assert abs(entry.uncertainty["epistemic"] - epistemic[t]) < TOLERANCE
+        assert abs(entry.uncertainty["total"] - aleatoric[t] - epistemic[t]) < TOLERANCE
+    assert told["tokens"] == [entry.uncertainty for entry in choice.logprobs.content]
+    assert epistemic.mean() > 20 * TOLERANCE
+
+    chosen = logp.gather(2, torch.tensor(tokens)[None, :, None].expand(S, -1, 1))[..., 0].numpy()
+    parts = scores.Split(total, aleatoric, np.full(len(total), float(S)))
+    for name, value in scores.sequence_scores(parts, chosen).items():
+        per_token = len(tokens) if name == "sd_logp" else 1
+        assert abs(told[name] - value) < TOLERANCE * per_token, name
+    assert abs(told["raw"]["epistemic"] - (total - aleatoric).mean()) < TOLERANCE
+    assert told["mode"] == "score" and told["samples"] == S and not told["partial"]
+    assert told["posterior"] == "diagonal_a" and told["noise"] == "sequence" and told["extra_passes"] == S
+    assert answer.usage.uncertainty_tokens == S * (len(prompt) + len(tokens))
+
+
+def test_the_same_again_and_without_asking(client: openai.OpenAI) -> None:
+    """The second time the answer lies in the prefix cache, where nothing can be read."""
+    first, second = (ask(client, "doubt", {"samples": S, "mode": "score"}) for _ in range(2))
+    assert first.choices[0].uncertainty["epistemic"] == pytest.approx(
+        second.choices[0].uncertainty["epistemic"], abs=1e-5
+    )
+    plain = client.chat.completions.create(model="doubt", messages=QUESTION, temperature=0, max_tokens=24)
+    assert plain.choices[0].message.content == first.choices[0].message.content
+    assert "uncertainty" not in (plain.choices[0].model_extra or {})
+
+
+def test_other_seeds_are_other_draws(client: openai.OpenAI) -> None:
+    values = [ask(client, "doubt", {"samples": S, "seed": seed}).choices[0].uncertainty["epistemic"] for seed in (0, 1)]
+    assert abs(values[0] - values[1]) > TOLERANCE
+
+
+def test_without_noise_nothing_is_epistemic(client: openai.OpenAI) -> None:
+    told = ask(client, "sure", {"samples": 2}).choices[0].uncertainty
+    assert told["epistemic"] < 1e-6 and told["mi_max"] < 1e-6
+
+
+def test_several_choices(client: openai.OpenAI) -> None:
+    answer = ask(client, "doubt", {"samples": 2}, n=3, temperature=1.0, seed=1)
+    told = [choice.uncertainty["nll_ln"] for choice in answer.choices]
+    assert len(set(told)) == 3 and None not in told
+
+
+def test_a_stream_ends_with_the_scores(client: openai.OpenAI) -> None:
+    whole = ask(client, "doubt", {"samples": S}).choices[0]
+    chunks = list(ask(client, "doubt", {"samples": S}, stream=True, stream_options={"include_usage": True}))
+    ends = [chunk for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
+    assert len(ends) == 1 and chunks.index(ends[0]) > 4
+    assert ends[0].choices[0].uncertainty["epistemic"] == pytest.approx(whole.uncertainty["epistemic"], abs=1e-5)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.message.content
+    assert chunks[-1].usage.uncertainty_tokens > 0
+
+
+def test_what_is_late_is_partial(client: openai.OpenAI) -> None:
+    told = ask(client, "doubts", {"samples": 8, "seed": 99, "timeout_ms": 1}).choices[0].uncertainty
+    assert told["partial"] and told["epistemic"] is None
+
+
+@pytest.mark.parametrize("model", ["doubt", "doubts"])
+def test_decisions_equal_the_reference(
+    client: openai.OpenAI, adapters: dict[str, Path], base_model: BaseModel, base_path: Path, reference: Any, model: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_path)
+    answer = ask(client, model, {"mode": "decide", "labels": LABELS, "samples": S})
+    told = answer.choices[0].uncertainty
+    drawn, prompt, logp = draws(adapters[model], base_model), answer.prompt_token_ids, []
+    for label in LABELS:
+        ids = tokenizer.encode(label, add_special_tokens=False)
+        found = expected(reference, drawn, prompt, ids)
+        logp.append(found.gather(2, torch.tensor(ids)[None, :, None].expand(S, -1, 1))[..., 0].sum(1).numpy())
+    decision = scores.decide(np.stack(logp, 1))
+    for entry, p, deviation in zip(told["labels"], decision.mean, decision.deviation, strict=True):
+        assert entry["probability"] == pytest.approx(p, abs=TOLERANCE)
+        assert entry["deviation"] == pytest.approx(deviation, abs=TOLERANCE)
+    for name, value in decision.scores().items():
+        assert told[name] == pytest.approx(value, abs=TOLERANCE), name
+    assert answer.choices[0].message.content == told["prediction"] == LABELS[decision.predicted]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_streamed_decision(client: openai.OpenAI) -> None:
+    whole = ask(client, "doubt", {"mode": "decide", "labels": LABELS}).choices[0]
+    chunks = list(ask(client, "doubt", {"mode": "decide", "labels": LABELS}, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.message.content
+    (end,) = [c for c in chunks if c.choices[0].finish_reason]
+    assert end.choices[0].uncertainty["confidence"] == pytest.approx(whole.uncertainty["confidence"], abs=1e-5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_choices_under_draws_of_their_own(client: openai.OpenAI, stream: bool) -> None:
+    """Each is the answer of one draw: with a temperature of 0, draws that differ may say different things."""
+    asked = ask(client, "doubts", {"mode": "sample", "samples": 4}, stream=stream)
+    texts, told = dict.fromkeys(range(4), ""), {}
+    if stream:
+        for chunk in asked:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+                if choice.finish_reason:
+                    told[choice.index] = choice.uncertainty
+    else:
+        texts = {choice.index: choice.message.content for choice in asked.choices}
+        told = {choice.index: choice.uncertainty for choice in asked.choices}
+    assert len(texts) == len(told) == 4 and len(set(texts.values())) > 1
+    assert {one["draw"] for one in told.values()} == {0, 1, 2, 3}
+    for one in told.values():
+        assert one["clusters"] == len({other["cluster"] for other in told.values()})
+    again = ask(client, "doubts", {"mode": "sample", "samples": 4})
+    assert {choice.index: choice.message.content for choice in again.choices} == texts
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", [BASE, "plain", "doubt"])
+def test_fast_equals_the_reference(
+    client: openai.OpenAI, reference: Any, adapters: dict[str, Path], base_model: BaseModel, model: str, stream: bool
+) -> None:
+    asked = ask(client, model, {"mode": "fast", "per_token": True}, stream=stream)
+    if stream:
+        (told,) = [c.choices[0].uncertainty for c in asked if c.choices and c.choices[0].finish_reason]
+        assert told["total"] > 0 and not told["partial"] and told["nll_ln"] > 0
+        return
+    choice, told = asked.choices[0], asked.choices[0].uncertainty
+    if model == BASE:
+        logp = bayesian.log_probabilities(reference, asked.prompt_token_ids, choice.token_ids)
+        entropies = torch.special.entr(logp.exp()).sum(-1).tolist()
+        chosen = logp.gather(1, torch.tensor(choice.token_ids)[:, None])[:, 0].tolist()
+        assert [token["total"] for token in told["tokens"]] == pytest.approx(entropies, abs=TOLERANCE)
+        for name, value in scores.fast_scores(entropies, chosen).items():
+            assert told[name] == pytest.approx(value, abs=TOLERANCE)
+    assert len(told["tokens"]) == len(choice.token_ids) and told["samples"] == 0
+
+
+def test_fast_tells_of_several_choices(client: openai.OpenAI) -> None:
+    asked = ask(client, "plain", True, n=3, temperature=1.0, seed=3)
+    told = [choice.uncertainty for choice in asked.choices]
+    assert len({one["nll_ln"] for one in told}) == 3 and {one["mode"] for one in told} == {"fast"}
+    plain = client.chat.completions.create(
+        model="plain", messages=QUESTION, max_tokens=24, n=3, temperature=1.0, seed=3
+    )
+    assert [c.message.content for c in asked.choices] == [c.message.content for c in plain.choices]
+
+
+def test_completions_have_it_too(client: openai.OpenAI) -> None:
+    answer: Any = client.completions.create(
+        model="doubt", prompt="The Rhine flows", max_tokens=8, extra_body={"uncertainty": {"samples": 2}}
+    )
+    assert answer.choices[0].uncertainty["epistemic"] > 0
+
+
+def test_adapters_without_a_posterior(client: openai.OpenAI) -> None:
+    told = ask(client, "plain", {"mode": "score"}).choices[0].uncertainty
+    assert told["mode"] == "fast" and told["posterior"] is None
+    decided = ask(client, BASE, {"mode": "decide", "labels": LABELS}).choices[0].uncertainty
+    assert decided["epistemic"] is None and decided["confidence"] > 1 / 3 and decided["samples"] == 0
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(client, "plain", {"mode": "score", "on_unsupported": "error"})
+    assert error.value.code == "adapter_not_bayesian"
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"samples": 0}, "uncertainty.samples"),
+        ({"samples": 10**6}, "uncertainty.samples"),
+        ({"samples": 64}, "uncertainty.samples"),  # no room
+        ({"mode": "guess"}, "uncertainty.mode"),
+        ({"scores": ["vibes"]}, "uncertainty.scores"),
+        ({"mode": "decide", "labels": ["yes"]}, "uncertainty.labels"),
+        ({"mode": "decide", "labels": ["yes", "yes sir"]}, "uncertainty.labels[1]"),
+        ({"mode": "decide", "labels": ["yes", "\ud7ff" * 40]}, "uncertainty.labels[1]"),
+        ({"model": "score"}, "uncertainty.model"),
+    ],
+)
+def test_bad_requests_are_refused_with_a_hint_and_the_server_goes_on(
+    client: openai.OpenAI, asked: Any, param: str
+) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as error:
+            ask(client, "doubt", asked, stream=stream)
+        assert error.value.param == param
+        assert error.value.body["hint"]  # type: ignore[index]
+    assert ask(client, "doubt", {"samples": 2}, max_tokens=2).choices[0].uncertainty["epistemic"] is not None
+
+
+def test_metrics(client: openai.OpenAI, bayesian_server: Server) -> None:
+    ask(client, "doubt", {"samples": 2})
+    page = bayesian_server.get("/metrics").text
+    assert 'loramux_uncertainty_requests_total{adapter="doubt",mode="score",outcome="complete"}' in page
+    assert 'loramux_uncertainty_score_count{adapter="doubt",mode="score",score="epistemic"}' in page
+    assert 'loramux_requests_total{adapter="+drawn"' in page

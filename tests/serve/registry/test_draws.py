@@ -1,0 +1,154 @@
+"""Draws of Bayesian adapters as versions: the same for all, leased together, evicted, forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from loramux.errors import AdapterRefused, DrawsDoNotFit, LoramuxError, PoolExhausted
+from loramux.registry import State, Version
+from loramux.registry.draws import DRAWN, KEPT
+from loramux_adapters import AdapterCorrupt, AdapterNotFinite
+
+from ..fakes import FakeDraw, World
+
+SIZE = 1000  # of an adapter, and so of its draws
+
+
+async def drawn(world: World, name: str = "a", samples: int = 4, seed: int = 0) -> list[Version]:
+    """One request that reads its draws and is over."""
+    mean = await world.hold(name)
+    try:
+        async with world.registry.drawn(mean, seed=seed, samples=samples) as versions:
+            for version in versions:
+                assert version.state is State.RESIDENT and version.leases
+                leased = await world.registry.lease(version.tag, exact=True)  # as the engine's wrapper does
+                assert leased.tag == version.tag
+                world.registry.release(leased)
+    finally:
+        world.registry.release(mean)
+    return list(versions)
+
+
+def idle(versions: Sequence[Version]) -> bool:
+    return not any(version.leases or version.waiting or version.busy for version in versions)
+
+
+async def test_requests_share_the_draws_of_a_version() -> None:
+    world = World()
+    await world.load("a")
+    sets = await asyncio.gather(*(drawn(world, samples=samples) for samples in (4, 2, 8)))
+    assert sets[0] == sets[2][:4] and sets[1] == sets[2][:2]
+    digest = world.current("a").artefact.digest  # type: ignore[union-attr]
+    assert sorted(world.draw.made) == [(digest, 0, sample) for sample in range(8)]
+    assert len({version.tag for version in sets[2]}) == 8 and idle(sets[2])
+    assert all(version.tag.startswith(f"{DRAWN}@") for version in sets[2])
+    assert DRAWN not in world.registry.adapters() and world.registry.lookup(sets[2][0].tag) is None
+
+
+async def test_another_seed_and_another_version_are_other_draws() -> None:
+    world = World()
+    await world.load("a")
+    first = await drawn(world)
+    assert not set(first) & set(await drawn(world, seed=1))
+    await world.load("a", "a2", replace=True)
+    assert not {version.tag for version in first} & {version.tag for version in await drawn(world)}
+    await world.load("b", "a")  # the content of the first version under another name
+    assert await drawn(world, "b") == first
+
+
+async def test_draws_are_evicted_and_come_back_as_they_were() -> None:
+    world = World(capacity=5 * SIZE)
+    await world.load("a")
+    versions = await drawn(world)
+    ids = [version.version_id for version in versions]
+    for name in ("b", "c", "d"):
+        await world.load(name)
+    assert sum(version.state is State.RESIDENT for version in versions) == 1
+    await world.load("a", replace=True)
+    assert [version.version_id for version in await drawn(world)] == ids
+
+
+async def test_two_adapters_draws_take_turns_where_both_do_not_fit() -> None:
+    world = World(capacity=6 * SIZE)
+    for name in ("a", "b"):
+        await world.load(name)
+    a, b = await asyncio.gather(drawn(world, "a"), drawn(world, "b"))
+    assert idle([*a, *b]) and not set(a) & set(b)
+
+
+async def test_equal_draws_are_found_where_they_are() -> None:
+    world = World()
+    world.draw.same = True
+    await world.load("a")
+    versions = await drawn(world)
+    assert len({version.tag for version in versions}) == 1 and len(set(versions)) == 4
+
+
+async def test_what_can_never_fit_is_said_with_what_would() -> None:
+    world = World(capacity=6 * SIZE)
+    mean = await world.load("a")
+    world.registry.check_room(mean, 5)
+    with pytest.raises(DrawsDoNotFit) as error:
+        world.registry.check_room(mean, 6)
+    assert '"samples": 5 or fewer' in (error.value.hint or "")
+    world = World(capacity=2 * SIZE)
+    with pytest.raises(DrawsDoNotFit) as error:
+        world.registry.check_room(await world.load("a"), 2)
+    assert "samples" not in (error.value.hint or "")
+
+
+async def test_room_that_others_pin_is_missing() -> None:
+    world = World(capacity=4 * SIZE, patience_s=0.2)
+    await world.load("a")
+    await world.load("b")
+    await world.registry.pin("b")
+    with pytest.raises(PoolExhausted):
+        await drawn(world, samples=3)
+    await world.registry.pin("b", False)
+    assert idle(await drawn(world, samples=3))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (AdapterNotFinite("It is too large.", hint="", field="q.A"), "adapter_not_finite"),
+        (AdapterCorrupt("It is damaged.", hint=""), "adapter_unreadable"),
+        (OSError("disk full"), None),
+    ],
+)
+async def test_a_draw_that_cannot_be_made_is_an_error_and_is_tried_again(error: Exception, code: str | None) -> None:
+    world = World()
+    await world.load("a")
+    world.draw.error = error
+    with pytest.raises(LoramuxError) as raised:
+        await drawn(world)
+    if code is not None:
+        assert isinstance(raised.value, AdapterRefused) and raised.value.code == code
+    world.draw.error = None
+    assert idle(await drawn(world))
+
+
+async def test_who_leaves_while_draws_load_holds_nothing() -> None:
+    world = World()
+    await world.load("a")
+    world.data_plane.gate.clear()
+    task = asyncio.create_task(drawn(world))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    world.data_plane.gate.set()
+    assert idle(await drawn(world)) and idle([world.current("a")])
+
+
+async def test_few_are_kept(tmp_path: Path) -> None:
+    world = World(draw=FakeDraw(tmp_path), capacity=10**9)
+    await world.load("a")
+    for seed in range(KEPT // 8 + 2):
+        await drawn(world, samples=8, seed=seed)
+    assert len(world.registry._draws) == KEPT
+    assert len(list(tmp_path.iterdir())) == KEPT
