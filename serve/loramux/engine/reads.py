@@ -142,9 +142,9 @@ class Reads:
                 report = await self._call("loramux_scores", job)
                 if report is not None and report["error"] is not None:
                     raise ReadFailed(f"The answer could not be read: {report['error']}.")
-                late = deadline is not None and asyncio.get_running_loop().time() >= deadline
-                missing = [] if report is None else [i for i, seen in enumerate(report["seen"]) if not all(seen)]
-                if late or (report is not None and not missing):
+                if report is not None:
+                    missing = [i for i, seen in enumerate(report["seen"]) if not all(seen)]
+                if not missing or (deadline is not None and asyncio.get_running_loop().time() >= deadline):
                     break
             else:
                 raise ReadFailed("The engine ended requests that were to be read.")

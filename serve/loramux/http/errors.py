@@ -24,6 +24,7 @@ DEFAULTS: dict[int, tuple[str, str]] = {
     429: ("rate_limit_error", "rate_limit_exceeded"),
     501: ("server_error", "not_implemented"),
     503: ("server_error", "service_unavailable"),
+    504: ("server_error", "timeout"),
 }
 HINTS: dict[str, str] = {
     "invalid_api_key": "Send the server's key: Authorization: Bearer KEY.",

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from vllm.lora.request import LoRARequest
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu.lora_utils import LoraState, create_lora_capture_hook
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from loramux.engine import hooks
-from loramux.engine.scoring import Rows
+from loramux.engine.entropies import Entropies
+from loramux.engine.scoring import Rows, Scoring
 from loramux.engine.settings import MISSING
 from loramux.engine.worker import LoramuxWorker
 
@@ -188,7 +190,7 @@ def test_v1_shows_the_rows_of_requests_that_are_read() -> None:
         query_start_loc=SimpleNamespace(np=np.array([0, 5, 12, 13])),
         model=SimpleNamespace(compute_logits=lambda hidden: "logits"),
     )
-    hooks.install_scoring(runner, scoring)
+    hooks.install_scoring(runner, scoring, Entropies())
     assert runner._get_prompt_logprobs_dict("hidden", {"read": 7, "x": 5, "y": 1}) == {"theirs": 3}
     assert runner._get_prompt_logprobs_dict("hidden", {"x": 5}) == {"theirs": 1}  # not scheduled in this step
     assert scoring.seen == [Rows("read", 5, 16, 7)]
@@ -200,7 +202,9 @@ def test_v1_shows_the_rows_of_requests_that_are_read() -> None:
 def test_v2_shows_the_rows_of_requests_that_are_read() -> None:
     scoring: Any = RecordingScoring()
     worker: Any = SimpleNamespace(compute_prompt_logprobs=lambda fn, hidden, batch, ids, *, lens: (ids, lens))
-    hooks.install_scoring(SimpleNamespace(lora_state=None, prompt_logprobs_worker=worker), scoring)
+    model = SimpleNamespace(compute_logits=lambda hidden: "logits")
+    runner = SimpleNamespace(lora_state=None, prompt_logprobs_worker=worker, model=model)
+    hooks.install_scoring(runner, scoring, Entropies())
     batch = SimpleNamespace(
         req_ids=["x", "read"],
         num_computed_prefill_tokens_np=np.array([3, 16]),
@@ -213,3 +217,31 @@ def test_v2_shows_the_rows_of_requests_that_are_read() -> None:
     batch.num_computed_prefill_tokens_np[1] = 23  # it decodes now
     worker.compute_prompt_logprobs(lambda _: "logits", "hidden", batch, 1, lens=2)
     assert len(scoring.seen) == 1
+
+
+@pytest.mark.parametrize("make", [Runner, RunnerV2])
+def test_the_logits_of_a_step_are_read_in_the_order_of_its_rows(make: type[Runner]) -> None:
+    entropies, runner = Entropies(), make()
+    hooks.install(runner, entropies)
+    logits = torch.randn(2, 9)
+    any_runner: Any = runner
+    any_runner.model = SimpleNamespace(compute_logits=lambda hidden: logits)
+    any_runner.prompt_logprobs_worker = SimpleNamespace(compute_prompt_logprobs=None)
+    any_runner._get_prompt_logprobs_dict = None
+    hooks.install_scoring(any_runner, Scoring(vocabulary=9, state_bytes=0, device=torch.device("cpu")), entropies)
+    entropies.watch("x", "tag", 5)
+    new = SimpleNamespace(req_id="x", num_computed_tokens=0)
+    cached = SimpleNamespace(req_ids=[], num_computed_tokens=[])
+    entropies.plan(
+        SimpleNamespace(scheduled_cached_reqs=cached, scheduled_new_reqs=[new], num_scheduled_tokens={"x": 5, "y": 1})
+    )
+    if isinstance(runner, RunnerV2):
+        for index, req_id in enumerate(("x", "y")):
+            runner.lora_state.add_request(req_id, index, None)
+        runner.lora_state.make_lora_inputs(["y", "x"], np.array([1, 0], np.int32), np.array([1, 5], np.int32))
+    else:
+        batch = SimpleNamespace(request_lora_mapping=np.array([0, 0], np.int64), req_ids=["y", "x"], num_reqs=2)
+        any_runner.set_active_loras(batch, np.array([1, 5], np.int32), np.array([1, 1], np.int32))
+    for _ in range(2):  # the second time they are others' logits
+        assert any_runner.model.compute_logits("hidden") is logits
+    assert entropies.take("tag") == pytest.approx([float(torch.special.entr(torch.softmax(logits[1], -1)).sum())])

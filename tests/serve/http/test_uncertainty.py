@@ -1,0 +1,223 @@
+"""`"uncertainty"` in a completion request: what the engine's side is given, and what comes with the answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from loramux.errors import InvalidRequest
+from loramux.http.composition import Composed, answered_by
+from loramux.http.uncertainty import UncertaintyReport
+from loramux.uncertainty.ask import Mode
+from loramux.uncertainty.exchange import Exchange, exchange
+
+from ..fakes import BASE, World
+
+TOKENS = [{"total": 1.0, "aleatoric": 0.7, "epistemic": 0.3}] * 2
+TOLD = {"mode": "score", "epistemic": 0.3, "tokens": TOKENS}
+
+
+class Server:
+    """An app whose route answers as vLLM's, filling the exchange where it runs, as the engine's side does."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.seen: list[tuple[dict[str, Any], Exchange | None]] = []
+        self.lengths: list[tuple[int, int]] = []
+        app = FastAPI()
+        app.add_middleware(UncertaintyReport)
+        app.state.loramux = SimpleNamespace(registry=world.registry, tokenise=tokenise)
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
+            app.add_api_route(path, self.route, methods=["POST"])
+        self.app = app
+
+    async def route(self, request: Request) -> Any:
+        raw = await request.body()
+        self.lengths.append((int(request.headers["content-length"]), len(raw)))
+        body, asked = json.loads(raw), exchange.get()
+        self.seen.append((body, asked))
+        if body.get("model") == "broken":
+            return JSONResponse({"error": {"message": "no"}}, status_code=400)
+        n = body.get("n") or 1
+        usage = {"prompt_tokens": 3}
+        if asked is not None:
+            asked.choices = {i: {**TOLD, "index": i} for i in range(n)}
+            asked.tokens = 40
+        if not body.get("stream"):
+            logprobs = {"content": [{"token": "a"}, {"token": "b"}]} if body.get("logprobs") else None
+            choices = [{"index": i, "logprobs": logprobs, "finish_reason": "stop"} for i in range(n)]
+            return {"id": "c", "choices": choices, "usage": usage}
+
+        async def events() -> AsyncIterator[str]:
+            for finish in (None, "stop"):
+                for i in range(n):
+                    yield f"data: {json.dumps({'id': 'c', 'choices': [{'index': i, 'finish_reason': finish}]})}\n\n"
+            yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    async def post(self, body: Any, path: str = "/v1/chat/completions") -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test") as client:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            return await client.post(path, content=content, headers={"Content-Type": "application/json"})
+
+    async def ask(self, uncertainty: Any, **body: Any) -> httpx.Response:
+        return await self.post({"model": "bayes", "messages": [], "uncertainty": uncertainty, **body})
+
+    @property
+    def asked(self) -> Exchange:
+        found = self.seen[-1][1]
+        assert found is not None
+        return found
+
+
+def tokenise(labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    if "?" in labels:
+        raise InvalidRequest("The label '?' is none.", hint="Use another.", param="uncertainty.labels[1]")
+    return tuple((len(label),) for label in labels)
+
+
+@pytest.fixture
+async def server() -> Server:
+    world = World(capacity=10_000)
+    for name in ("bayes", "plain"):
+        version = await world.load(name)
+        assert version.artefact is not None
+        summary = replace(version.artefact.summary, bayesian=name == "bayes")
+        version.artefact = replace(version.artefact, summary=summary)
+    return Server(world)
+
+
+async def test_every_choice_gets_its_own(server: Server) -> None:
+    answer = await server.ask({"samples": 4, "per_token": True}, n=2, logprobs=True)
+    assert answer.status_code == 200 and int(answer.headers["content-length"]) == len(answer.content)
+    for i, choice in enumerate(answer.json()["choices"]):
+        assert choice["uncertainty"] == TOLD | {"index": i}
+        assert [entry["uncertainty"] for entry in choice["logprobs"]["content"]] == TOKENS
+    assert answer.json()["usage"] == {"prompt_tokens": 3, "uncertainty_tokens": 40}
+    body, asked = server.seen[-1]
+    assert "uncertainty" not in body and body["n"] == 2
+    assert asked is not None and asked.samples == 4 and asked.mode is Mode.SCORE and asked.ask.per_token
+    assert all(told == real for told, real in server.lengths)
+
+
+async def test_in_a_stream_it_comes_with_the_end_of_each_choice(server: Server) -> None:
+    answer = await server.ask({}, n=2, stream=True)
+    events = [json.loads(line[6:]) for line in answer.text.split("\n\n") if line.startswith("data: {")]
+    told = [choice.get("uncertainty") for event in events for choice in event["choices"]]
+    assert told == [None, None, TOLD | {"index": 0}, TOLD | {"index": 1}]
+    assert "uncertainty" not in events[0]["choices"][0]
+    assert events[-1]["usage"]["uncertainty_tokens"] == 40 and answer.text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("asked", [{}, {"uncertainty": None}, {"uncertainty": False}, {"uncertainty": {"mode": "off"}}])
+async def test_who_does_not_ask_gets_the_answer_as_it_is(server: Server, asked: dict[str, Any], stream: bool) -> None:
+    answer = await server.post({"model": "bayes", "stream": stream, "user": '"uncertainty"', **asked})
+    assert answer.status_code == 200 and "uncertainty" not in answer.text
+    assert server.seen[-1][1] is None and "uncertainty" not in server.seen[-1][0]
+    assert exchange.get() is None
+
+
+async def test_other_spellings_of_the_field_are_seen(server: Server) -> None:
+    body = b'{"model": "bayes", "\\u0075ncertainty": {"samples": 0}}'
+    assert (await server.post(body)).status_code == 400
+
+
+async def test_other_routes_and_bodies_that_are_no_json_pass(server: Server) -> None:
+    assert (await server.ask({"samples": 0})).status_code == 400
+    body = {"uncertainty": {"samples": 0}}
+    assert (await server.post(body, "/v1/embeddings")).status_code == 200
+    with pytest.raises(json.JSONDecodeError):
+        await server.post(b'{"uncertainty": {"samples": 0}')
+
+
+@pytest.mark.parametrize(
+    ("model", "mode"), [("bayes", Mode.SCORE), ("plain", Mode.FAST), (BASE, Mode.FAST), (None, Mode.FAST)]
+)
+async def test_what_answers_decides_how(server: Server, model: str | None, mode: Mode) -> None:
+    assert (await server.ask({}, model=model)).status_code == 200
+    assert server.asked.mode is mode
+
+
+async def test_a_name_that_nobody_has_is_the_routes_business(server: Server) -> None:
+    assert (await server.ask({}, model="nobody")).status_code == 200
+    assert (await server.ask({}, model="broken")).json() == {"error": {"message": "no"}}
+
+
+async def test_a_sum_is_what_it_is_made_of(server: Server) -> None:
+    token = answered_by.set(Composed(server.world.current("bayes"), BASE))
+    try:
+        await server.ask({}, model=BASE)
+    finally:
+        answered_by.reset(token)
+    assert server.asked.mode is Mode.SCORE
+
+
+async def test_labels_are_tokens_for_the_engine(server: Server) -> None:
+    await server.ask({"mode": "decide", "labels": ["yes", "no"]})
+    assert server.asked.labels == ((3,), (2,)) and server.asked.samples == 8
+    answer = await server.ask({"mode": "decide", "labels": ["yes", "?"]})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "uncertainty.labels[1]"
+
+
+@pytest.mark.parametrize(
+    ("asked", "body", "n"),
+    [({}, {}, 8), ({"samples": 4}, {}, 4), ({}, {"n": 3}, 3), ({"samples": 3}, {"n": 3}, 3), ({}, {"n": 1}, 8)],
+)
+async def test_samples_are_choices(server: Server, asked: Any, body: Any, n: int) -> None:
+    answer = await server.ask({"mode": "sample", **asked}, **body)
+    assert len(answer.json()["choices"]) == n == server.asked.samples == server.seen[-1][0]["n"]
+    assert not server.asked.greedy and "temperature" not in server.seen[-1][0]
+
+
+async def test_greedy_samples(server: Server) -> None:
+    """vLLM refuses several choices with a temperature of 0, which here are not the same."""
+    await server.ask({"mode": "sample", "samples": 2}, temperature=0)
+    assert server.asked.greedy and server.seen[-1][0]["temperature"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("asked", "body", "param"),
+    [
+        ({"samples": 0}, {}, "uncertainty.samples"),
+        ({"samples": 10}, {}, "uncertainty.samples"),  # no room: the adapter takes a tenth
+        ({"mode": "sample", "samples": 4}, {"n": 3}, "n"),
+        ({"mode": "sample"}, {"n": 65}, "n"),
+        ({"mode": "sample"}, {"n": "4"}, "n"),
+        ({"mode": "sample"}, {"n": 2.0}, "n"),
+        ({"mode": "decide", "labels": ["a", "bc"]}, {"n": 2}, "n"),
+        ({"mode": "decide", "labels": ["a", "bc"]}, {"logprobs": True}, "logprobs"),
+        ({"mode": "decide", "labels": ["a", "bc"]}, {"echo": True}, "echo"),
+        ({}, {"use_beam_search": True}, "use_beam_search"),
+        ({}, {"prompt": ["one", "two"]}, "prompt"),
+        ({}, {"prompt": [[1, 2], [3]]}, "prompt"),
+    ],
+)
+async def test_what_cannot_be_carried_out_is_refused_before_anything_is_sent(
+    server: Server, asked: Any, body: Any, param: str
+) -> None:
+    for stream in (False, True):
+        answer = await server.ask(asked, stream=stream, **body)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+        assert answer.json()["error"]["hint"]
+    assert not server.seen
+
+
+async def test_an_adapter_without_a_posterior_is_refused_if_asked(server: Server) -> None:
+    answer = await server.ask({"mode": "score", "on_unsupported": "error"}, model="plain")
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "adapter_not_bayesian"
+
+
+async def test_a_prompt_of_tokens_is_one(server: Server) -> None:
+    assert (
+        await server.post({"model": "bayes", "prompt": [1, 2, 3], "uncertainty": True}, "/v1/completions")
+    ).is_success

@@ -1,0 +1,123 @@
+"""What may be asked for, what the adapter makes of it, and every way to ask badly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from loramux.errors import AdapterNotBayesian, InvalidRequest
+from loramux.uncertainty.ask import MAX_LABELS, SCORES, Ask, Mode, parse, resolve
+
+
+@pytest.mark.parametrize("value", [None, False, {"mode": "off"}])
+def test_nothing_is_asked_for(value: Any) -> None:
+    assert parse(value) is None
+
+
+@pytest.mark.parametrize("value", [True, {}, {"mode": None, "samples": None}])
+def test_the_defaults(value: Any) -> None:
+    assert parse(value) == Ask()
+
+
+def test_everything() -> None:
+    value = {
+        "mode": "decide",
+        "samples": 16,
+        "seed": 3,
+        "noise": "sequence",
+        "scores": ["epistemic", "label_mass"],
+        "per_token": True,
+        "labels": ["yes", "no"],
+        "on_unsupported": "error",
+        "timeout_ms": 400,
+    }
+    assert parse(value) == Ask(
+        Mode.DECIDE, 16, 3, ("epistemic", "label_mass"), True, ("yes", "no"), fast_if_unsupported=False, timeout_s=0.4
+    )
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_every_score_of_a_mode_can_be_asked_for(mode: Mode) -> None:
+    labels = {"labels": ["a", "b"]} if mode is Mode.DECIDE else {}
+    for name in SCORES[mode]:
+        asked = parse({"mode": mode.value, "scores": [name], **labels})
+        assert asked is not None and asked.scores == (name,)
+
+
+@pytest.mark.parametrize(
+    ("value", "param"),
+    [
+        (1, ""),
+        ("score", ""),
+        ([], ""),
+        ({"sample": 4}, "sample"),
+        ({"mode": "guess"}, "mode"),
+        ({"mode": ["score"]}, "mode"),
+        ({"mode": {}}, "mode"),
+        ({"samples": 0}, "samples"),
+        ({"samples": 1}, "samples"),
+        ({"samples": 65}, "samples"),
+        ({"samples": 10**6}, "samples"),
+        ({"samples": -8}, "samples"),
+        ({"samples": 8.0}, "samples"),
+        ({"samples": True}, "samples"),
+        ({"samples": "8"}, "samples"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"noise": "token"}, "noise"),
+        ({"noise": 1}, "noise"),
+        ({"per_token": 1}, "per_token"),
+        ({"scores": []}, "scores"),
+        ({"scores": "epistemic"}, "scores"),
+        ({"scores": ["epistemic", 1]}, "scores"),
+        ({"scores": ["vibes"]}, "scores"),
+        ({"mode": "score", "scores": ["label_mass"]}, "scores"),
+        ({"labels": ["a", "b"]}, "labels"),
+        ({"mode": "score", "labels": ["a", "b"]}, "labels"),
+        ({"mode": "decide"}, "labels"),
+        ({"mode": "decide", "labels": []}, "labels"),
+        ({"mode": "decide", "labels": ["a"]}, "labels"),
+        ({"mode": "decide", "labels": "ab"}, "labels"),
+        ({"mode": "decide", "labels": ["a", 1]}, "labels"),
+        ({"mode": "decide", "labels": ["a", ""]}, "labels[1]"),
+        ({"mode": "decide", "labels": ["a", "b", "a"]}, "labels[2]"),
+        ({"mode": "decide", "labels": ["a", "b" * 257]}, "labels[1]"),
+        ({"mode": "decide", "labels": [f"{i}" for i in range(MAX_LABELS + 1)]}, "labels"),
+        ({"on_unsupported": "ignore"}, "on_unsupported"),
+        ({"timeout_ms": 0}, "timeout_ms"),
+        ({"timeout_ms": 0.5}, "timeout_ms"),
+        ({"timeout_ms": 10**9}, "timeout_ms"),
+    ],
+)
+def test_refusals_name_the_field_and_what_to_do(value: Any, param: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        parse(value)
+    assert error.value.param == ("uncertainty" + (f".{param}" if param else "")) and error.value.hint
+
+
+def test_a_name_that_is_long_is_cut() -> None:
+    with pytest.raises(InvalidRequest) as error:
+        parse({"x" * 10**6: 1})
+    assert len(error.value.message) < 200
+
+
+@pytest.mark.parametrize("mode", [None, *Mode])
+def test_a_posterior_can_do_all(mode: Mode | None) -> None:
+    assert resolve(Ask(mode), bayesian=True) is (mode or Mode.SCORE)
+
+
+@pytest.mark.parametrize(
+    ("mode", "instead"),
+    [(None, Mode.FAST), (Mode.FAST, Mode.FAST), (Mode.SCORE, Mode.FAST), (Mode.DECIDE, Mode.DECIDE)],
+)
+def test_without_a_posterior(mode: Mode | None, instead: Mode) -> None:
+    assert resolve(Ask(mode), bayesian=False) is instead
+
+
+@pytest.mark.parametrize("mode", [Mode.SCORE, Mode.DECIDE, Mode.SAMPLE])
+def test_without_a_posterior_and_wanting_one(mode: Mode) -> None:
+    with pytest.raises(AdapterNotBayesian) as error:
+        resolve(Ask(mode, fast_if_unsupported=False), bayesian=False)
+    assert error.value.hint and error.value.status == 400
+    assert resolve(Ask(None, fast_if_unsupported=False), bayesian=False) is Mode.FAST
