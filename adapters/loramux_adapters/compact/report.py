@@ -8,12 +8,8 @@ import torch
 
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.compact.adapter import Compacted
+from loramux_adapters.footprint import pool_bytes
 from loramux_adapters.lowered import LoweredAdapter
-from loramux_adapters.token_gates import reservation
-from loramux_kernels import AdapterPool, SiteSpec
-
-#: Projections that engines fuse because they read the same input: the pool keeps their rank rows together.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -26,37 +22,6 @@ class ModuleError:
     weights: float
     worst_expert: float
     outputs: float | None = None
-
-
-def pool_bytes(adapter: LoweredAdapter, base: BaseModel, dtype: torch.dtype) -> int:
-    """What the server's adapter memory holds of it, alignment included."""
-    specs = site_specs(base)
-    with torch.inference_mode(False):
-        pool = AdapterPool(
-            specs,
-            capacity_bytes=0,
-            slots=1,
-            max_rank=max(1, adapter.rank),
-            max_tokens=1,
-            max_requests=1,
-            dtype=dtype,
-            device="cpu",
-        )
-    return pool.bytes_for(**reservation(adapter, base.biased))
-
-
-def site_specs(base: BaseModel) -> list[SiteSpec]:
-    """The base model's linears as the server's engine has them, fused where it fuses them."""
-    specs, taken = [], set()
-    for module, (d_in, _) in base.linears.items():
-        parent, dot, leaf = module.rpartition(".")
-        parts = next((tuple(f"{parent}{dot}{name}" for name in fused) for fused in FUSED if leaf in fused), (module,))
-        if not all(base.linears.get(part, (0, 0))[0] == d_in for part in parts):
-            parts = (module,)
-        if parts not in taken:
-            taken.add(parts)
-            specs.append(SiteSpec(parts[0], parts, d_in, tuple(base.linears[part][1] for part in parts)))
-    return specs
 
 
 def module_errors(result: Compacted, outputs: Mapping[str, float] | None = None) -> dict[str, ModuleError]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from loramux import supervisor
 from loramux.bases import prepare_base
 from loramux.cli.base import read_layers
-from loramux.cli.start_adapters import FEW, check, composed_folder, find, open_store, pool_bytes
+from loramux.cli.start_adapters import FEW, check, composed_folder, find, memory_of, open_store
 from loramux.config import ServeConfig, parse
 from loramux.console import box, say
 from loramux.errors import ConfigError, LoramuxError
@@ -71,7 +71,7 @@ def run(config: ServeConfig) -> int:
         dtype=str(args.dtype),
         adapter_bytes=arguments.adapter_bytes(config.adapter_memory),
         adapters={
-            name: pool_bytes(artefact, base, item_bytes, exact=few or adapters[name].required)
+            name: memory_of(artefact, base, item_bytes, exact=few or adapters[name].required)
             for name, artefact in known.items()
         },
         max_rank=rank_limit(config.max_rank, [artefact.summary.rank for artefact in known.values()]),

@@ -6,7 +6,10 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from loramux.config import ADAPTER_NAME, ServeConfig
 from loramux.console import say
@@ -14,10 +17,13 @@ from loramux.errors import ConfigError
 from loramux.paths import cache_dir
 from loramux.registry import Given, Prepare, Store, read_source
 from loramux_adapters import AdapterError, Artefact, BaseModel, open_artefact
+from loramux_adapters.footprint import pool_bytes
 from loramux_adapters.native import VERSION
 
 #: So many adapters in --adapters folders are read before the server is ready; more are read while it serves.
 FEW = 32
+#: By the bytes of a weight, which is all that the layout of a pool takes from its dtype.
+_DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 def find(config: ServeConfig, bases: Collection[str]) -> dict[str, Given]:
@@ -79,29 +85,17 @@ def check(adapters: Mapping[str, Given], prepare: Prepare, store: Store, *, all_
     return known
 
 
-def pool_bytes(artefact: Artefact, base: BaseModel, item_bytes: int, *, exact: bool) -> int:
-    """Bytes of an adapter in the pool, routers, magnitudes and biases included, up to alignment.
+def memory_of(artefact: Artefact, base: BaseModel, item_bytes: int, *, exact: bool) -> int:
+    """Bytes of an adapter in the pool; `item_bytes`: those of one weight there.
 
     Not `exact`: from the summary alone, up to a few per cent, for adapters by the thousand.
     """
     if exact:
-        try:
-            return _exact_bytes(artefact, base, item_bytes)
-        except AdapterError:  # damaged since it was written: it will be read from its source again
-            pass
+        # Damaged since it was written: it will be read from its source again.
+        with suppress(AdapterError):
+            return pool_bytes(open_artefact(artefact.path), base, _DTYPES[item_bytes])
     stored = 2 if artefact.summary.dtype in ("bfloat16", "float16") else 4
     return artefact.summary.nbytes * item_bytes // stored
-
-
-def _exact_bytes(artefact: Artefact, base: BaseModel, item_bytes: int) -> int:
-    adapter = open_artefact(artefact.path)
-    weights = words = 0
-    for module, site in adapter.sites.items():
-        d_in, d_out = base.linears[module]
-        experts = adapter.gates[site.gate].experts if site.gate is not None else 0
-        weights += site.rank * (d_in + d_out) + experts * d_in
-        words += d_out * ((site.magnitude is not None) + site.shifts(module in base.biased))
-    return weights * item_bytes + 4 * words
 
 
 def open_store(config: ServeConfig, base: BaseModel, port: int, cache: Path) -> Store:

@@ -11,11 +11,10 @@ from loramux_adapters.applied import applied
 from loramux_adapters.compact import Options, RouterStatistics, compact
 from loramux_adapters.compact.measure import output_errors
 from loramux_adapters.compact.options import Grouping, Similarity
-from loramux_adapters.compact.report import module_errors, pool_bytes, site_specs
+from loramux_adapters.compact.report import module_errors
 from loramux_adapters.compact.statistics import from_texts
+from loramux_adapters.footprint import pool_bytes
 from loramux_adapters.native import digest_of
-from loramux_adapters.token_gates import reservation
-from loramux_kernels import AdapterPool
 
 from ..checkpoints import BASE
 from ..form import logits, site_delta
@@ -99,39 +98,11 @@ def test_errors_are_those_of_the_new_adapter(model: Any, options: Options) -> No
             assert error.worst_expert <= options.error * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_bytes_are_what_a_pool_takes(model: Any, dtype: torch.dtype) -> None:
+def test_what_is_merged_takes_less_memory(model: Any) -> None:
     adapter = mixture((2, 3, 1, 2), dtype=torch.bfloat16)
     result = compact(adapter, BASE, Options(experts=2, even=True), from_texts(model, adapter, TEXTS))
-    pool = AdapterPool(
-        site_specs(BASE), capacity_bytes=1 << 20, slots=3, max_rank=16, max_tokens=8, max_requests=2, dtype=dtype,
-        device="cpu",
-    )  # fmt: skip
-    for each in (adapter, result.after, plain(magnitude=torch.ones(40), bias=torch.ones(40))):
-        used = pool.used_bytes
-        pool.reserve(**reservation(each, BASE.biased))
-        assert pool_bytes(each, BASE, dtype) == pool.used_bytes - used
-    assert pool_bytes(result.after, BASE, dtype) < pool_bytes(adapter, BASE, dtype)
-
-
-def test_linears_are_fused_as_engines_fuse_them() -> None:
-    names = [spec.modules for spec in site_specs(BASE)]
-    # BASE has no v_proj and no gate_proj, so nothing can be fused.
-    assert all(len(modules) == 1 for modules in names) and len(names) == len(BASE.linears)
-    whole = replace(
-        BASE,
-        linears={
-            "l.q_proj": (8, 8), "l.k_proj": (8, 4), "l.v_proj": (8, 4), "l.o_proj": (8, 8),
-            "l.gate_proj": (8, 6), "l.up_proj": (9, 6), "fc": (8, 2),
-        },
-    )  # fmt: skip
-    assert [(s.modules, s.d_outs) for s in site_specs(whole)] == [
-        (("l.q_proj", "l.k_proj", "l.v_proj"), (8, 4, 4)),
-        (("l.o_proj",), (8,)),
-        (("l.gate_proj",), (6,)),
-        (("l.up_proj",), (6,)),
-        (("fc",), (2,)),
-    ]
+    for dtype in (torch.bfloat16, torch.float32):
+        assert pool_bytes(result.after, BASE, dtype) < pool_bytes(adapter, BASE, dtype)
 
 
 def test_a_site_that_adds_nothing_goes_with_its_router() -> None:

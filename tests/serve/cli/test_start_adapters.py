@@ -17,17 +17,19 @@ from loramux.cli.start_adapters import (
     check,
     composed_folder,
     find,
+    memory_of,
     open_store,
-    pool_bytes,
 )
 from loramux.config import ServeConfig
 from loramux.errors import ConfigError
 from loramux.registry import Store
-from loramux_adapters import AdapterCorrupt, Artefact, BaseModel, LoweredAdapter
+from loramux_adapters import AdapterCorrupt, Artefact, BaseModel, Gate, LoweredAdapter
 from loramux_adapters.artefact import summarise, write_artefact
 from loramux_adapters.base_weights import BaseWeights
+from loramux_adapters.gate import Select
 from loramux_adapters.lowered import LoweredSite
 from loramux_adapters.native import digest_of
+from loramux_kernels.arena import aligned
 
 from ..fakes import FakePrepare, make_artefact
 
@@ -141,19 +143,36 @@ def test_the_state_forgets_what_was_checked_on_other_weights(tmp_path: Path) -> 
     assert len(digests | {_fingerprint(BASE)}) == 3
 
 
-def test_bytes_of_magnitudes_and_biases(tmp_path: Path) -> None:
+def test_memory_of_a_router_counts_its_rows(tmp_path: Path) -> None:
+    """One per score, also where the scores are of more experts than there are weights, and one for a threshold."""
+    owners = torch.tensor([0, 1], dtype=torch.int32)
+    site = LoweredSite(torch.ones(2, 4), torch.ones(2, 8), torch.ones(2), gate="g", expert=owners)
+    merged = Gate(torch.ones(3, 4), expert_map=torch.tensor([0, 1, 0], dtype=torch.int32))
+    own = {"tau_max": 0.5, "adaptive_weight": torch.ones(4), "adaptive_bias": torch.zeros(1)}
+    for gate in (merged, Gate(torch.ones(2, 4), select=Select.ADAPTIVE, **own)):
+        adapter = LoweredAdapter("mole", {"up_proj": site}, gates={"g": gate})
+        layout = [(2 + 3) * 4 * 2, 2 * 4, 2 * 4, 2 * 8 * 2]  # A and router, scale, expert, B
+        expected = sum(map(aligned, layout))
+        assert memory_of(written(adapter, tmp_path), BASE, 2, exact=True) == expected
+
+
+def test_memory_of_magnitudes_and_biases(tmp_path: Path) -> None:
     """Four bytes for each output; a bias also where the base's own must stay as it is."""
     site = LoweredSite(torch.ones(2, 4), torch.ones(2, 8), torch.ones(2), magnitude=torch.ones(8))
-    for biased, has_bias, words in ((False, False, 8), (True, False, 16), (False, True, 16), (True, True, 16)):
+    plain = aligned(2 * 4 * 2) + aligned(2 * 4) + aligned(2 * 8 * 2)
+    for biased, has_bias, words in ((False, False, 1), (True, False, 2), (False, True, 2), (True, True, 2)):
         adapter = LoweredAdapter("dora", {"up_proj": replace(site, bias=torch.ones(8) if has_bias else None)})
-        digest = digest_of(adapter)
-        artefact = Artefact(write_artefact(adapter, "b", digest, tmp_path), digest, summarise(adapter, "b"))
         base = replace(BASE, biased=frozenset({"up_proj"} if biased else ()))
-        assert pool_bytes(artefact, base, 2, exact=True) == 2 * 2 * (4 + 8) + 4 * words
+        assert memory_of(written(adapter, tmp_path), base, 2, exact=True) == plain + words * aligned(4 * 8)
+
+
+def written(adapter: LoweredAdapter, cache: Path) -> Artefact:
+    digest = digest_of(adapter)
+    return Artefact(write_artefact(adapter, "b", digest, cache), digest, summarise(adapter, "b"))
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_bytes_of_an_artefact_that_is_damaged_are_told_from_its_summary(tmp_path: Path, exact: bool) -> None:
+def test_memory_of_an_artefact_that_is_damaged_is_told_from_its_summary(tmp_path: Path, exact: bool) -> None:
     artefact = make_artefact("a", tmp_path)
     artefact.path.write_text("damaged")
-    assert pool_bytes(artefact, BASE, 2, exact=exact) == artefact.summary.nbytes // 2
+    assert memory_of(artefact, BASE, 2, exact=exact) == artefact.summary.nbytes // 2

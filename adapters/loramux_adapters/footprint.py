@@ -1,0 +1,34 @@
+"""How much of the server's adapter memory an adapter takes, told without a server."""
+
+import torch
+
+from loramux_adapters.base_model import BaseModel
+from loramux_adapters.lowered import LoweredAdapter
+from loramux_adapters.token_gates import reservation
+from loramux_kernels import Geometry, SiteSpec
+
+#: Projections that engines fuse because they read the same input: the pool keeps their rank rows together.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def pool_bytes(adapter: LoweredAdapter, base: BaseModel, dtype: torch.dtype) -> int:
+    """Bytes in a pool of this dtype: rank rows, routers, magnitudes, biases and tables, alignment included.
+
+    The adapter passed `check_servable`.
+    """
+    geometry = Geometry(site_specs(base), dtype, max(1, adapter.rank))
+    return sum(layout.nbytes for layout in geometry.layouts(**reservation(adapter, base.biased)).values())
+
+
+def site_specs(base: BaseModel) -> tuple[SiteSpec, ...]:
+    """The base model's linears as the server's engine has them, fused where it fuses them."""
+    specs, taken = [], set()
+    for module, (d_in, _) in base.linears.items():
+        parent, dot, leaf = module.rpartition(".")
+        parts = next((tuple(f"{parent}{dot}{name}" for name in fused) for fused in FUSED if leaf in fused), (module,))
+        if not all(base.linears.get(part, (0, 0))[0] == d_in for part in parts):
+            parts = (module,)
+        if parts not in taken:
+            taken.add(parts)
+            specs.append(SiteSpec(parts[0], parts, d_in, tuple(base.linears[part][1] for part in parts)))
+    return tuple(specs)

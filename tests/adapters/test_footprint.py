@@ -1,0 +1,68 @@
+"""Bytes that are told are those that a pool takes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loramux_adapters import Gate, LoweredAdapter
+from loramux_adapters.footprint import pool_bytes, site_specs
+from loramux_adapters.gate import Select
+from loramux_adapters.token_gates import reservation
+from loramux_kernels import AdapterPool
+
+from .checkpoints import BASE
+from .natives import DOWN, UP, Q, make_gate, make_mixture, make_site
+
+ADAPTIVE = Gate(
+    torch.ones(2, 24),
+    select=Select.ADAPTIVE,
+    tau_max=0.5,
+    adaptive_weight=torch.ones(24),
+    adaptive_bias=torch.zeros(1),
+)
+MERGED = make_gate(5, expert_map=torch.tensor([0, 1, 0, 1, 1], dtype=torch.int32))
+TWO = torch.tensor([0, 1, 1, 1], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoweredAdapter("lora", {Q: make_site(), DOWN: make_site(DOWN, 3)}),
+        LoweredAdapter("dora", {UP: make_site(UP, magnitude=torch.ones(40), bias=torch.ones(40))}),
+        LoweredAdapter("dora", {Q: make_site(magnitude=torch.ones(24))}),
+        make_mixture(),
+        LoweredAdapter("adamole", {Q: make_site(gate="q", expert=TWO)}, gates={"q": ADAPTIVE}),
+        LoweredAdapter("mola/compact", {Q: make_site(gate="q", expert=TWO)}, gates={"q": MERGED}),
+    ],
+    ids=["plain", "magnitude and bias", "magnitude", "mixture", "threshold of the token's own", "merged experts"],
+)
+def test_bytes_are_what_a_pool_takes(adapter: LoweredAdapter, dtype: torch.dtype) -> None:
+    base = replace(BASE, biased=frozenset({Q}))
+    pool = AdapterPool(
+        site_specs(base), capacity_bytes=1 << 20, slots=1, max_rank=16, max_tokens=8, max_requests=2, dtype=dtype,
+        device="cpu",
+    )  # fmt: skip
+    pool.reserve(**reservation(adapter, base.biased))
+    assert pool_bytes(adapter, base, dtype) == pool.used_bytes
+
+
+def test_linears_are_fused_as_engines_fuse_them() -> None:
+    names = [spec.modules for spec in site_specs(BASE)]
+    # BASE has no v_proj and no gate_proj, so nothing can be fused.
+    assert all(len(modules) == 1 for modules in names) and len(names) == len(BASE.linears)
+    whole = replace(
+        BASE,
+        linears={
+            "l.q_proj": (8, 8), "l.k_proj": (8, 4), "l.v_proj": (8, 4), "l.o_proj": (8, 8),
+            "l.gate_proj": (8, 6), "l.up_proj": (9, 6), "fc": (8, 2),
+        },
+    )  # fmt: skip
+    assert [(s.modules, s.d_outs) for s in site_specs(whole)] == [
+        (("l.q_proj", "l.k_proj", "l.v_proj"), (8, 4, 4)),
+        (("l.o_proj",), (8,)),
+        (("l.gate_proj",), (6,)),
+        (("l.up_proj",), (6,)),
+        (("fc",), (2,)),
+    ]
