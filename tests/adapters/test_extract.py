@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from loramux_adapters import AdapterError, BaseModel, lower
 from loramux_adapters.extract import Extracted, extract, merged_weights
-from loramux_adapters.native import write_native
+from loramux_adapters.native import digest_of, write_native
 
 from .checkpoints import BASE, with_weights, write_adapter
 from .form import site_delta
@@ -109,12 +109,14 @@ def test_a_layer_much_larger_than_the_rank(tmp_path: Path, noise: float) -> None
     trained += noise * torch.randn(500, 300, generator=draw)
     after = {f"{Q}.weight": (before[f"{Q}.weight"].double() + trained).float()}
     added = after[f"{Q}.weight"].double() - before[f"{Q}.weight"].double()
-    values, state = torch.linalg.svdvals(added), torch.get_rng_state()
-    found, again = (run(tmp_path, before, after, base, rank=6) for _ in range(2))
-    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are left alone"
+    values, found = torch.linalg.svdvals(added), run(tmp_path, before, after, base, rank=6)
     best, lost = float(values[6:].norm() / values.norm()), float((matrix(found, Q) - added).norm() / added.norm())
     assert found.errors[Q] == pytest.approx(lost, rel=1e-5) and best * (1 - 1e-6) <= lost <= best * 1.001 + 1e-7
-    assert all(torch.equal(found.adapter.sites[Q].a, other.adapter.sites[Q].a) for other in (found, again))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    again = run(tmp_path, before, after, base, rank=6)
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are left alone"
+    assert digest_of(found.adapter) == digest_of(again.adapter), "and do not matter"
 
 
 def test_the_rounding_of_16_bits_is_part_of_the_error(tmp_path: Path) -> None:
