@@ -1,6 +1,7 @@
 """The files that compaction reads: calibration texts, answers of served traffic, labelled texts."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,13 +75,13 @@ def read_traffic(path: Path) -> list[float]:
         try:
             decisions = int(report["decisions"])
             weights = [float(expert["weight"]) * decisions for expert in report["experts"]]
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise _invalid(place, "holds no routing report", 'an answer to a request with "routing": true') from error
         if len(weights) != len(sums or weights) or not weights:
             raise _invalid(place, f"is about {len(weights)} experts, not {len(sums)}", "reports of one adapter")
-        if decisions < 1 or not all(0 <= weight < float("inf") for weight in weights):
-            raise _invalid(place, "has weights that are none", "the report as the server wrote it")
         sums = [a + b for a, b in zip(sums or [0.0] * len(weights), weights, strict=True)]
+        if decisions < 1 or not all(weight >= 0 for weight in weights) or not all(map(math.isfinite, sums)):
+            raise _invalid(place, "has weights that are none", "the report as the server wrote it")
     if not sums:
         raise AdapterConfigInvalid(
             f"There is no routing report in {shown(path.name)}.", hint='Ask with "routing": true.', field=path.name

@@ -68,7 +68,9 @@ def test_traffic_is_weighted_by_its_decisions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [{"routing": 3}, {"routing": {}}, {"choices": []}, {"decisions": 1, "experts": []}, report(0, 1.0),
-     report(1, -1.0, 2.0), report(1, 1.0, float("nan")), report(1, 1.0)],
+     report(1, -1.0, 2.0), report(1, 1.0, float("nan")), report(1, 1.0),
+     # Numbers that JSON has and floats have not, and a sum that they have not.
+     report(float("inf"), 0.5, 0.5), report(10**400, 0.5, 0.5), report(1, 10**400, 0), report(2, 1e308, 0)],
 )  # fmt: skip
 def test_traffic_that_is_none(tmp_path: Path, line: Any) -> None:
     assert refused(read_traffic, write(tmp_path / "t.jsonl", report(1, 0.5, 0.5), line)) == "t.jsonl:2"
