@@ -6,11 +6,12 @@
 A [r, d_in], B [d_out, r]; β [d_out] with `lora_bias`, else 0: `lora_B.bias` beside PEFT's other names. b is the base's
 own bias b0, or what was trained in its place: `base_layer.bias`, before PEFT had base layers `bias`. Lowered: a, b and
 scale are the plain ones, bias = s·β + (b − b0) in float32. b0 is read from the base's files, and only where a b is
-there. With "all" PEFT trains every bias of the model: those outside of the adapted layers are refused.
+there. A file without one, as older PEFT writes it, means the base's own to PEFT, and is warned of. With "all"
+PEFT trains every bias of the model: those outside of the adapted layers are refused.
 """
 
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loramux_adapters.abilities import Abilities, Layout
@@ -82,6 +83,8 @@ class LoraBias:
         for module, part in sites.modules.items():
             if "bias" in part and module not in base.biased:
                 raise _no_bias(_TRAINED.format(module=module), module)
+        if _has_trained(raw):
+            sites = replace(sites, warnings=(*sites.warnings, *_untrained(raw, sites, base)))
         return LoraBiasCheckpoint(config, sites, alphas)
 
     def lower(self, checkpoint: LoraBiasCheckpoint, base: BaseModel) -> LoweredAdapter:
@@ -119,6 +122,16 @@ def _has_trained(raw: Mapping[str, Any]) -> bool:
         hint="Correct the field as it was in training.",
         field="bias",
     )
+
+
+def _untrained(raw: Mapping[str, Any], sites: Sites, base: BaseModel) -> Iterator[str]:
+    """A warning, if biases that the config says were trained are not in the file."""
+    modules = [module for module, part in sites.modules.items() if module in base.biased and "bias" not in part]
+    if modules:
+        yield (
+            f"bias is {shown(raw['bias'])}, but the file has no bias for {shown(modules[0])} ({len(modules)} such): "
+            "the base's own are used, as PEFT does."
+        )
 
 
 def _normaliser(adapted: Container[str]) -> Callable[[str], str]:

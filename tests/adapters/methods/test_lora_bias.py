@@ -62,6 +62,7 @@ def test_logits_with_trained_biases_are_those_of_peft(kind, bias, targets, lora_
     folder = tiny.save(tmp_path, bias=bias, lora_bias=lora_bias, target_modules=targets)
     adapter = lower(folder, tiny.base)
     assert adapter.method == "lora_bias" and not unserved(adapter)
+    assert not any("no bias" in warning for warning in adapter.warnings)
     tiny.assert_same(adapter, tiny.library_logits(folder))
 
 
@@ -132,6 +133,10 @@ def test_a_trained_bias_replaces_the_bases_own(tmp_path, name, beta):
     if beta:
         change += 2 * tensors[BIAS]
     torch.testing.assert_close(adapter.sites[MODULES[0]].bias, change)
+    assert [warning for warning in adapter.warnings if "no bias" in warning] == [
+        f"bias is 'lora_only', but the file has no bias for '{MODULES[1]}' ({len(MODULES) - 1} such): "
+        "the base's own are used, as PEFT does."
+    ]
     other = adapter.sites[MODULES[1]].bias
     assert other is None if not beta else torch.equal(other, 2 * tensors[f"base_model.model.{MODULES[1]}.lora_B.bias"])
 
