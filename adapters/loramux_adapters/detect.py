@@ -15,9 +15,10 @@ from loramux_adapters.errors import (
 )
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.methods import METHODS, Method
-from loramux_adapters.methods.lora import CONFIG_FILE, WEIGHTS_FILE, peft_config
+from loramux_adapters.methods.lora import CONFIG_FILE, peft_config
 from loramux_adapters.methods.native import Native
 from loramux_adapters.native import METADATA_KEY
+from loramux_adapters.peft.tensors import WEIGHTS_FILE
 from loramux_adapters.weights import open_weights
 
 # Names that are looked at to tell whose they are: enough for any layout, and bounded for a hostile header.

@@ -10,8 +10,8 @@ from loramux_adapters.gate import Gate, GateKind, GateSource, GateValue, Norm, P
 from loramux_adapters.lowered import LoweredAdapter
 from loramux_adapters.tasks import unserved_in_table
 from loramux_adapters.token_gates import used_weights
+from loramux_kernels import MAX_EXPERTS
 
-MAX_EXPERTS = 16
 _NORMS = (Norm.SOFTMAX, Norm.RENORM)
 _REASONS = {PreMap.LAYER_NORM: "layer_norm needs the mean and variance of x for every token, which are not computed"}
 

@@ -6,7 +6,7 @@ A [r, d_in], B [d_out, r], m [d_out]; ‖·‖ is the length of each row of [d_o
 own bias, which is not multiplied. Names: LoRA's, and `lora_magnitude_vector` (`.weight` in a raw state dict). In the
 authors' code (NVlabs/DoRA, `peft/src/peft/tuners/dora.py` read at bd3ed6f) it is `weight_m_wdecomp.weight` [d_out, 1],
 and peft_type is DORA; `dora_simple` and `merge_weights` of its config do not change the equation. The modules of its
-`Wdecompose_target_modules` have a magnitude and no LoRA: refused, as the form has no site without ranks.
+`Wdecompose_target_modules` have a magnitude and no LoRA: refused. The form has such sites, but they are not read yet.
 
 Lowered: magnitude = m ⊘ ‖W0 + s·B·A‖ in float32, b = (magnitude ⊙ B)ᵀ in float32 because m multiplies the LoRA too,
 a = A, scale = s. The lengths depend on the base, whose W0 is read for the modules of the adapter, some rows at a time,
@@ -91,8 +91,7 @@ class Dora:
         else:
             magnitude = _MAGNITUDE
             experts.check_flag(raw, "use_dora")
-            # PEFT refuses the two together.
-            config = experts.parse_shared_fields(raw, {"use_dora"}, raw.get("r", 0), absent=("lora_bias",))
+            config = experts.parse_shared_fields(raw, {"use_dora"}, raw.get("r", 0), absent=())
         targets = Targets(config)
         ranks, alphas = targets.resolve(base.linears)
         sites = read_sites(
@@ -166,7 +165,7 @@ def _check_magnitude(name: str, magnitude: torch.Tensor) -> None:
         what, hint = "NaN or infinity", "Its training diverged, or the file was damaged: use an earlier checkpoint."
     elif not bool((magnitude > 0).all()):
         refusal, what = AdapterConfigInvalid, f"{float(magnitude.min()):g}"
-        hint = "A magnitude is the length of a row of the weight and above 0: save the adapter again."
+        hint = "A magnitude is the length of a row of the weight and above 0: use an earlier checkpoint."
     else:
         return
     raise refusal(f"Tensor {shown(name)} holds {what}.", hint=hint, field=name)

@@ -20,12 +20,11 @@ from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_adapters.peft import checks
 from loramux_adapters.peft.config import LoraConfig, parse_config
 from loramux_adapters.peft.targets import Targets
-from loramux_adapters.peft.tensors import pair_factors
+from loramux_adapters.peft.tensors import WEIGHTS_FILE, pair_factors
 from loramux_adapters.verify import verify
 from loramux_adapters.weights import open_weights
 
 CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)

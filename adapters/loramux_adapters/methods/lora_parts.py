@@ -10,8 +10,9 @@ from loramux_adapters.base_model import BaseModel
 from loramux_adapters.errors import AdapterConfigInvalid, AdapterTooLarge, AdapterUnsupportedFeature, shown
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.lowered import LoweredAdapter
-from loramux_adapters.methods.lora import WEIGHTS_FILE, Lora
+from loramux_adapters.methods.lora import Lora
 from loramux_adapters.peft.config import refuse_unknown
+from loramux_adapters.peft.tensors import WEIGHTS_FILE
 
 MAX_ADAPTERS = 1024
 _FIELDS = frozenset(

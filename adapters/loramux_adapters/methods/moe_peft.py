@@ -26,12 +26,12 @@ from loramux_adapters.errors import AdapterUnsupportedFeature, shown
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.gate import Gate, Norm, Select
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
-from loramux_adapters.methods.lora import CONFIG_FILE, WEIGHTS_FILE, peft_config
+from loramux_adapters.methods.lora import CONFIG_FILE, peft_config
 from loramux_adapters.mixture import token_site
 from loramux_adapters.peft import checks, experts
 from loramux_adapters.peft.config import LoraConfig
 from loramux_adapters.peft.targets import Targets
-from loramux_adapters.peft.tensors import Pair, pair_factors
+from loramux_adapters.peft.tensors import WEIGHTS_FILE, Pair, pair_factors
 from loramux_adapters.verify import verify
 from loramux_adapters.weights import WeightsFile, open_weights
 

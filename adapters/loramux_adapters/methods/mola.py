@@ -26,11 +26,11 @@ from loramux_adapters.errors import AdapterShapeMismatch, shown
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.gate import Gate, Norm, Select
 from loramux_adapters.lowered import LoweredAdapter
-from loramux_adapters.methods.lora import CONFIG_FILE, WEIGHTS_FILE, peft_config
+from loramux_adapters.methods.lora import CONFIG_FILE, peft_config
 from loramux_adapters.mixture import token_site
 from loramux_adapters.peft import checks, experts
 from loramux_adapters.peft.targets import Targets
-from loramux_adapters.peft.tensors import PREFIX
+from loramux_adapters.peft.tensors import PREFIX, WEIGHTS_FILE
 from loramux_adapters.verify import verify
 from loramux_adapters.weights import TensorInfo, open_weights
 

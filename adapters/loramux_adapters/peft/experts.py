@@ -19,7 +19,7 @@ from loramux_adapters.errors import (
 from loramux_adapters.gate import Norm
 from loramux_adapters.peft import checks
 from loramux_adapters.peft.config import LoraConfig, parse_config
-from loramux_adapters.peft.tensors import PREFIX, Pair, refuse_tensor
+from loramux_adapters.peft.tensors import PREFIX, Pair, claim, refuse_tensor
 from loramux_adapters.weights import WeightsFile
 
 # Fields of PEFT that are younger than the forks of it.
@@ -83,14 +83,7 @@ def group(names: Iterable[str], layout: Layout, normalise: Callable[[str], str])
         if place is None:
             raise refuse_tensor(name)
         part, module, expert = place
-        slots: dict[int, str] = getattr(modules.setdefault(module, Found()), part)
-        if expert in slots:
-            raise AdapterUnknownTensor(
-                f"Tensors {shown(slots[expert])} and {shown(name)} claim the same place.",
-                hint="Remove the one that does not belong.",
-                field=name,
-            )
-        slots[expert] = name
+        claim(getattr(modules.setdefault(module, Found()), part), expert, name)
     return modules
 
 

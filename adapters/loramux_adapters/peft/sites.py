@@ -19,10 +19,9 @@ from loramux_adapters.peft import checks
 from loramux_adapters.peft.config import LoraConfig
 from loramux_adapters.peft.experts import with_prefix
 from loramux_adapters.peft.targets import Targets
-from loramux_adapters.peft.tensors import Pair, refuse_tensor
+from loramux_adapters.peft.tensors import WEIGHTS_FILE, Pair, claim, refuse_tensor
 from loramux_adapters.weights import WeightsFile, open_weights
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 _ADAPTER_NAME = re.compile(r"\.(lora_\w+|moe_layer|vera_\w+|weight_m_wdecomp)\.default(?=\.|$)")
 
 
@@ -150,15 +149,8 @@ def _group(weights: WeightsFile, layout: Layout, normalise: Callable[[str], str]
         )
         if not key:
             raise refuse_tensor(name)
-        slots = modules.setdefault(place.get("module", ""), _Found()).names.setdefault(key, {})
-        index = int(place.get("index", "0"))
-        if index in slots:
-            raise AdapterUnknownTensor(
-                f"Tensors {shown(slots[index])} and {shown(name)} claim the same place.",
-                hint="Remove the one that does not belong.",
-                field=name,
-            )
-        slots[index] = name
+        places = modules.setdefault(place.get("module", ""), _Found()).names.setdefault(key, {})
+        claim(places, int(place.get("index", "0")), name)
     return modules
 
 

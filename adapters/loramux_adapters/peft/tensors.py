@@ -11,6 +11,7 @@ without the wrapper's prefix:
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from loramux_adapters.errors import (
     AdapterError,
@@ -20,6 +21,7 @@ from loramux_adapters.errors import (
     shown,
 )
 
+WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 
@@ -27,6 +29,8 @@ _MERGE = "Merge the adapter into its base model and serve the result as a base m
 _BIAS = (
     f'If it belongs to an adapted layer, the config must say so: lora_bias, or bias "lora_only". Otherwise: {_MERGE}'
 )
+Place = TypeVar("Place", str, int)
+
 # Tensors of features that are refused: what marks them -> (what it is, what to do).
 _REFUSED = {
     ".lora_magnitude_vector": ("the magnitude of a DoRA adapter", "Its config must say so: use_dora."),
@@ -69,14 +73,7 @@ def pair_factors(names: Iterable[str]) -> Mapping[str, Pair]:
                 hint="Save each adapter to its own folder.",
                 field=name,
             )
-        found = factors.setdefault(match["module"].removeprefix(PREFIX), {})
-        if match["factor"] in found:
-            raise AdapterUnknownTensor(
-                f"Tensors {shown(found[match['factor']])} and {shown(name)} claim the same place.",
-                hint="Remove the one that does not belong.",
-                field=name,
-            )
-        found[match["factor"]] = name
+        claim(factors.setdefault(match["module"].removeprefix(PREFIX), {}), match["factor"], name)
     return {module: _pair(found) for module, found in factors.items()}
 
 
@@ -90,6 +87,17 @@ def _pair(found: Mapping[str, str]) -> Pair:
         hint="Save the adapter again: half of a LoRA cannot be applied.",
         field=other,
     )
+
+
+def claim(places: dict[Place, str], place: Place, name: str) -> None:
+    """Put a tensor's name in its place. Raises AdapterUnknownTensor if another name has it."""
+    if place in places:
+        raise AdapterUnknownTensor(
+            f"Tensors {shown(places[place])} and {shown(name)} claim the same place.",
+            hint="Remove the one that does not belong.",
+            field=name,
+        )
+    places[place] = name
 
 
 def refuse_tensor(name: str) -> AdapterError:
