@@ -106,7 +106,7 @@ $(PACKAGE): $(RUNTIME) pyproject.toml serve/loramux/__init__.py
 
 # The fourth example is made of the other three. Order-only: made once, and again when the experts change.
 $(DESK): $(wildcard adapters/examples/*/adapter_model.safetensors) | $(PACKAGE)
-	@$(BIN)/loramux adapters compose arrow $(EXPERTS) --top-k 2 --out $@
+	@$(BIN)/loramux adapters compose arrow $(EXPERTS) --top-k 2 --force --out $@
 
 $(TOOLS): $(RUNTIME) requirements-test.lock
 	@echo 'Installing the test tools'

@@ -12,6 +12,12 @@ def say(*lines: str) -> None:
     sys.stdout.flush()
 
 
+def note(*lines: str) -> None:
+    """Write lines to standard error, at once: progress and refusals, which are no part of a command's result."""
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
+    sys.stderr.flush()
+
+
 def box(title: str, lines: Iterable[str]) -> list[str]:
     """A framed block: `── title ───` above, a rule below."""
     body = [f"  {line}" for line in lines]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from loramux.bases import DEFAULT_BASE
 from loramux.cli import adapter_report
 from loramux.cli.base import load_base
-from loramux.cli.terminal import table
-from loramux.console import say
+from loramux.cli.terminal import show, table
+from loramux.console import note, say
 from loramux.errors import LoramuxError
 from loramux_adapters import AdapterError, LoweredAdapter, lower, matrix
 from loramux_adapters.abilities import Layout
@@ -30,13 +29,13 @@ def inspect(options: argparse.Namespace) -> int:
         adapter, made_for, checked_on = _load(Path(options.path), options.base, needs_base=options.command == "check")
     except AdapterError as error:
         refused = adapter_report.refusal(error, layout)
-        say(*([json.dumps(refused, indent=2)] if options.json else adapter_report.refusal_lines(error, layout)))
+        show(refused, adapter_report.refusal_lines(error, layout), as_json=options.json)
         return 1
     except LoramuxError as error:
-        sys.stderr.write(f"loramux adapters: {error}\n")
+        note(f"loramux adapters: {error}")
         return 1
     found = adapter_report.report(adapter, layout, made_for=made_for, checked_on=checked_on)
-    say(*([json.dumps(found, indent=2)] if options.json else adapter_report.lines(found)))
+    show(found, adapter_report.lines(found), as_json=options.json)
     return 0 if found["servable"] or options.command == "show" else 1
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from loramux.cli import adapter_cards
 from loramux.cli.client import Client, adapter_path
-from loramux.cli.terminal import printable
-from loramux.console import StatusLine, say
+from loramux.cli.terminal import printable, show
+from loramux.console import StatusLine
 from loramux.errors import LoramuxError
 
 _POLL_S = 0.5
@@ -24,11 +22,11 @@ def run(options: argparse.Namespace) -> int:
     client = Client.of(options)
     if options.command == "ls":
         found = client.get("/v1/adapters")
-        _print(options, found, adapter_cards.listing(found["data"], found.get("memory")))
+        show(found, adapter_cards.listing(found["data"], found.get("memory")), as_json=options.json)
         return 0
     if options.command == "show":
         card = client.get(adapter_path(options.path))
-        _print(options, card, adapter_cards.details(card))
+        show(card, adapter_cards.details(card), as_json=options.json)
         return 0
     if options.command == "add":
         return _add(client, options)
@@ -37,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         match = getattr(options, "if_match", None)
         _, card = client.lifecycle("POST", options.name, f"/{options.command}", if_match=match)
-    _print(options, card, [adapter_cards.summary(card)])
+    show(card, [adapter_cards.summary(card)], as_json=options.json)
     return 0
 
 
@@ -59,7 +57,7 @@ def _add(client: Client, options: argparse.Namespace) -> int:
     text = adapter_cards.summary(card)
     if not ready:
         text += f"; still loading. Look again: loramux adapters show {options.name}"
-    _print(options, card, [text])
+    show(card, [text], as_json=options.json)
     return 0 if ready or options.wait == 0 else 1
 
 
@@ -103,7 +101,3 @@ def _source(path: str) -> str:
     """A path that means the same wherever the server runs: one that exists here is made absolute."""
     local = Path(path).expanduser()
     return str(local.absolute()) if local.exists() else path
-
-
-def _print(options: argparse.Namespace, value: Any, lines: Iterable[str]) -> None:
-    say(*([json.dumps(value, indent=2)] if options.json else lines))

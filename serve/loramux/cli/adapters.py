@@ -14,7 +14,7 @@ from pathlib import Path
 from loramux.bases import DEFAULT_BASE
 from loramux.cli.client import add_options, as_json
 from loramux.config import ADAPTER_NAME
-from loramux.console import say
+from loramux.console import note, say
 from loramux.errors import LoramuxError
 
 _WAIT_S = 120.0
@@ -24,8 +24,8 @@ _NAMED = {
     "unpin": "let an adapter make room for others again",
     "rollback": "go back to the version before this one",
 }
-# Commands that make adapters here, each in a module of its own.
-_MAKERS = {
+# Those that write an adapter, each a module with a parser of its own, imported when it is called: all need torch.
+_MAKING = {
     "bayesianize": "give an adapter a posterior without training",
     "compact": "make an adapter smaller",
     "compose": "make one adapter out of several",
@@ -37,9 +37,9 @@ _MAKERS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done (with `check`: can be served), 1 refused, 2 for a malformed command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in _MAKERS:
-        status: int = import_module(f"loramux.cli.{argv[0]}").main(argv[1:])
-        return status
+    if argv and argv[0] in _MAKING:
+        made: int = import_module(f"loramux.cli.{argv[0]}").main(argv[1:])
+        return made
     options = _parser().parse_args(argv)
     if options.command in ("check", "methods") or (options.command == "show" and _is_local(options)):
         from loramux.cli import adapter_files  # torch takes 2 s to import, and the others need none of it
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(json.dumps(as_json(error), indent=2))
         else:
             hint = f"\n{error.hint}" if error.hint else ""
-            sys.stderr.write(f"loramux adapters {options.command}: {error.message} ({error.code}){hint}\n")
+            note(f"loramux adapters {options.command}: {error.message} ({error.code}){hint}")
         return 1
 
 
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         local.add_argument(
             "--base", metavar="BASE", help=f"to check it on: a folder or a name (default: {DEFAULT_BASE})"
         )
-    for name, text in _MAKERS.items():
+    for name, text in _MAKING.items():
         commands.add_parser(name, help=f"{text}: loramux adapters {name} --help")
     command("methods", "list the kinds of adapters and what each can do", server=False)
     return parser

@@ -1,21 +1,19 @@
-"""What commands that make adapters share: the base model's layers, or an error that says what to do; where to write."""
+"""A base model's layers for commands that need no more of it, or an error that says what to do."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from loramux.bases import prepare_base
+from loramux.console import note
 from loramux.errors import ConfigError
 from loramux_adapters import BaseModel
 
 
 def load_base(name: str) -> BaseModel:
     """The layers of a base model, by folder or name. Raises ConfigError when there is no such model here."""
-
-    return read_layers(prepare_base(name, progress=_tell), Path(name).name if Path(name).is_dir() else name)
+    return read_layers(prepare_base(name, progress=note), Path(name).name if Path(name).is_dir() else name)
 
 
 def load_runnable(name: str) -> tuple[Any, Any]:
@@ -23,7 +21,7 @@ def load_runnable(name: str) -> tuple[Any, Any]:
     from loramux_adapters.compact.measure import load_model
 
     try:
-        return load_model(prepare_base(name, progress=_tell))
+        return load_model(prepare_base(name, progress=note))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"The base model {name} cannot be run here: {error}.", hint="Give a folder with its weights and tokeniser."
@@ -46,23 +44,3 @@ def read_layers(place: str | Path, name: str) -> BaseModel:
         raise ConfigError(
             f"The base model {name} cannot be read: {error}.", hint="Give its folder, or its name on the hub."
         ) from error
-
-
-def _tell(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-
-
-def check_out(path: Path, *, force: bool) -> None:
-    """Raises ConfigError where an adapter cannot be written without more words."""
-    if path.exists() and not force:
-        raise ConfigError(f"There is {path} already.", hint="Name another, or overwrite it with --force.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"There is no folder {path.parent}.", hint="Make it, or name another.")
-
-
-def native_path(text: str) -> Path:
-    """The type of an argument that names a native file to write."""
-    path = Path(text)
-    if path.suffix != ".safetensors":
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in .safetensors")
-    return path

@@ -12,7 +12,7 @@ from typing import Any
 
 from loramux.cli.client import Client, add_options
 from loramux.cli.terminal import printable, table
-from loramux.console import say
+from loramux.console import note, say
 from loramux.errors import AdapterNotFound, LoramuxError
 
 _HELP = """\
@@ -181,5 +181,5 @@ def _model(card: dict[str, Any], current: str) -> tuple[str, ...]:
 
 
 def _complain(error: LoramuxError) -> int:
-    sys.stderr.write(f"loramux chat: {error}\n")
+    note(f"loramux chat: {error}")
     return 1

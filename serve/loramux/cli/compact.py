@@ -1,18 +1,14 @@
 """`loramux adapters compact PATH --out FILE …`: a smaller adapter, with the error that it makes."""
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from loramux.bases import DEFAULT_BASE
-from loramux.cli import compact_report
-from loramux.cli.base import check_out, load_base, load_runnable, native_path
-from loramux.console import say
-from loramux.errors import LoramuxError
-from loramux_adapters import AdapterError, lower
+from loramux.cli import compact_report, making
+from loramux.cli.base import load_base, load_runnable
+from loramux.console import note
+from loramux_adapters import lower
 from loramux_adapters.compact import Options, compact
 from loramux_adapters.compact.adapter import check_compactable
 from loramux_adapters.compact.measure import output_errors
@@ -21,22 +17,14 @@ from loramux_adapters.compact.quality import score
 from loramux_adapters.compact.statistics import RouterStatistics, from_texts, from_traffic
 from loramux_adapters.compact.texts import read_calibration, read_tasks, read_traffic, token_count
 from loramux_adapters.native import digest_of, write_native
-from loramux_adapters.tasks import at_task
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the compacted adapter as a native file; 1 if the adapter, a file, the base or the place is refused."""
-    options = _parser().parse_args(argv)
-    try:
-        report = _run(options)
-    except (AdapterError, LoramuxError, OSError) as error:
-        sys.stderr.write(f"loramux adapters compact: {error}\n")
-        return 1
-    say(*([json.dumps(report, indent=2)] if options.json else compact_report.lines(report)))
-    return 0
+    return making.run(_parser(), argv, _make, compact_report.rows)
 
 
-def _run(options: argparse.Namespace) -> dict[str, Any]:
+def _make(options: argparse.Namespace) -> making.Report:
     wanted = Options(
         experts=options.experts,
         even=options.even,
@@ -46,9 +34,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         grouping=options.grouping,
         similarity=options.similarity,
     )
-    check_out(options.out, force=options.force)
     base = load_base(options.base)
-    adapter = at_task(lower(options.path, base))
+    adapter = lower(options.path, base)
     check_compactable(adapter)
     # Files that are not what they must be are refused before the model is loaded.
     tasks = read_tasks(options.labelled) if options.labelled else []
@@ -57,7 +44,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     texts = read_calibration(options.calibration, tokenizer) if options.calibration else []
     statistics: dict[str, RouterStatistics] | None = None
     if options.calibration and adapter.gates:
-        _progress(f"running {len(texts)} calibration texts, {token_count(texts)} tokens")
+        note(f"running {len(texts)} calibration texts, {token_count(texts)} tokens")
         statistics = from_texts(model, adapter, texts)
     elif traffic is not None:
         statistics = from_traffic(adapter, traffic)
@@ -65,7 +52,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     outputs = output_errors(model, adapter, result.after, texts) if texts else None
     report = compact_report.report(result, base, outputs) | {"calibration_tokens": token_count(texts)}
     if tasks:
-        _progress(f"answering {sum(len(task.examples) for task in tasks)} labelled texts, before and after")
+        note(f"answering {sum(len(task.examples) for task in tasks)} labelled texts, before and after")
         before, after = (score(model, tokenizer, each, tasks) for each in (adapter, result.after))
         report["quality"] = [
             {"task": old.task, "n": old.n, "right": [old.right, new.right], "nats": [old.nats, new.nats]}
@@ -73,11 +60,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         ]
     digest = digest_of(adapter)
     write_native(options.out, compact_report.warned(result.after, digest, report), base.name)
-    return {"out": str(options.out), "made_from": digest, **report}
-
-
-def _progress(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+    return {"made_from": digest, **report}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,12 +70,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Experts are merged as in MC-SMoE (arXiv 2310.01334), without training: adapters/README.md.",
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="the adapter's folder, or a native file")
-    parser.add_argument("--out", required=True, type=native_path, metavar="FILE.safetensors", help="what to write")
-    parser.add_argument("--force", action="store_true", help="overwrite that file")
+    making.add_output(parser, details="every module's error")
     parser.add_argument(
         "--base", default=DEFAULT_BASE, metavar="BASE", help=f"folder or name (default: {DEFAULT_BASE})"
     )
-    parser.add_argument("--json", action="store_true", help="JSON, with every module's error, instead of lines")
     size = parser.add_argument_group("how small")
     size.add_argument("--experts", type=int, metavar="N", help="experts that a router keeps on average")
     size.add_argument("--even", action="store_true", help="every router keeps N, whatever it loses there")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from loramux.cli.making import span, summary
 from loramux.units import format_bytes
 from loramux_adapters import BaseModel, LoweredAdapter
 from loramux_adapters.compact import Compacted
@@ -12,24 +13,19 @@ from loramux_adapters.compact.report import module_errors, sizes
 def report(result: Compacted, base: BaseModel, outputs: dict[str, float] | None) -> dict[str, Any]:
     """Everything `--json` prints. `outputs`: relative error of each module's outputs, if it was measured."""
     errors = module_errors(result, outputs)
-    summary: dict[str, Any] = {
-        "weights": _summary({module: error.weights for module, error in errors.items()}),
+    lost: dict[str, Any] = {
+        "weights": summary({module: error.weights for module, error in errors.items()}),
         "worst_expert": max((error.worst_expert for error in errors.values()), default=0.0),
     }
     if outputs is not None:
-        summary["outputs"] = _summary(outputs)
+        lost["outputs"] = summary(outputs)
     return {
         "method": result.after.method,
         "before": sizes(result.before, base),
         "after": sizes(result.after, base),
-        "error": summary,
+        "error": lost,
         "modules": {module: vars(error) for module, error in errors.items()},
     }
-
-
-def _summary(values: dict[str, float]) -> dict[str, Any]:
-    where = max(values, key=lambda module: values[module])
-    return {"mean": sum(values.values()) / len(values), "max": values[where], "where": where}
 
 
 def warned(adapter: LoweredAdapter, digest: str, report: dict[str, Any]) -> LoweredAdapter:
@@ -43,31 +39,21 @@ def warned(adapter: LoweredAdapter, digest: str, report: dict[str, Any]) -> Lowe
     return LoweredAdapter(adapter.method, adapter.sites, (*adapter.warnings, text), adapter.gates, adapter.ffn)
 
 
-def lines(report: dict[str, Any]) -> Iterator[str]:
-    """The report for a person."""
+def rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The report for a person: what a line is about, and the line."""
     before, after, error = report["before"], report["after"], report["error"]
     pool = ", ".join(
         f"{format_bytes(size)} -> {format_bytes(after['pool_bytes'][dtype])} in {dtype}"
         for dtype, size in before["pool_bytes"].items()
     )
-    rows = [
-        ("written", f"{report['out']}, {report['method']}"),
-        ("experts", f"{before['experts']:.3g} -> {after['experts']:.3g} in the mean"),
-        ("rank rows", f"{before['rank_rows']} -> {after['rank_rows']} at {after['sites']} sites"),
-        ("file", f"{format_bytes(before['file_bytes'])} -> {format_bytes(after['file_bytes'])}"),
-        ("memory", pool),
-        ("error", f"of ΔW, relative: {_span(error['weights'])}; of one expert up to {error['worst_expert']:.3g}"),
-    ]
+    yield "written", f"{report['out']}, {report['method']}"
+    yield "experts", f"{before['experts']:.3g} -> {after['experts']:.3g} in the mean"
+    yield "rank rows", f"{before['rank_rows']} -> {after['rank_rows']} at {after['sites']} sites"
+    yield "file", f"{format_bytes(before['file_bytes'])} -> {format_bytes(after['file_bytes'])}"
+    yield "memory", pool
+    yield "error", f"of ΔW, relative: {span(error['weights'])}; of one expert up to {error['worst_expert']:.3g}"
     if "outputs" in error:
-        rows.append(("", f"of outputs, relative, on {report['calibration_tokens']} tokens: {_span(error['outputs'])}"))
+        yield "", f"of outputs, relative, on {report['calibration_tokens']} tokens: {span(error['outputs'])}"
     for task in report.get("quality", ()):
         (right, now), (nats, later) = task["right"], task["nats"]
-        rows.append(
-            ("quality", f"{task['task']}: {right} -> {now} of {task['n']} right, {nats:.3f} -> {later:.3f} nats")
-        )
-    for name, value in rows:
-        yield f"{name:<11}{value}"
-
-
-def _span(error: dict[str, Any]) -> str:
-    return f"{error['mean']:.3g} in the mean, up to {error['max']:.3g} ({error['where']})"
+        yield "quality", f"{task['task']}: {right} -> {now} of {task['n']} right, {nats:.3f} -> {later:.3f} nats"

@@ -1,15 +1,15 @@
 """`loramux adapters compose arrow NAME=PATH …`: one adapter out of several, without training."""
 
 import argparse
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from loramux.bases import DEFAULT_BASE
-from loramux.cli.base import load_base, native_path
-from loramux.console import say
-from loramux.errors import ConfigError, LoramuxError
-from loramux_adapters import AdapterError, LoweredAdapter, lower
+from loramux.cli import making
+from loramux.cli.base import load_base
+from loramux.errors import ConfigError
+from loramux.units import format_bytes
+from loramux_adapters import LoweredAdapter, lower
 from loramux_adapters.compose.arrow import arrow
 from loramux_adapters.native import write_native
 from loramux_adapters.tasks import at_task
@@ -17,18 +17,10 @@ from loramux_adapters.tasks import at_task
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the composed adapter as a native file; 1 if an adapter, the base or the place is refused."""
-    options = _parser().parse_args(argv)
-    try:
-        composed = _compose(options)
-    except (AdapterError, LoramuxError, OSError) as error:
-        sys.stderr.write(f"loramux adapters compose: {error}\n")
-        return 1
-    names = ", ".join(name for name, _ in options.adapters)
-    say(f"{options.out}: arrow over {names}; {len(composed.sites)} sites, rank {composed.rank}")
-    return 0
+    return making.run(_parser(), argv, _make, _rows)
 
 
-def _compose(options: argparse.Namespace) -> LoweredAdapter:
+def _make(options: argparse.Namespace) -> making.Report:
     base = load_base(options.base)
     adapters: dict[str, LoweredAdapter] = {}
     for name, path in options.adapters:
@@ -37,7 +29,14 @@ def _compose(options: argparse.Namespace) -> LoweredAdapter:
         adapters[name] = at_task(lower(path, base))
     composed = arrow(list(adapters.items()), base=base, top_k=options.top_k, temperature=options.temperature)
     write_native(options.out, composed, base.name)
-    return composed
+    return {"method": composed.method, "experts": list(adapters), "bytes": composed.nbytes(), "ranks": composed.ranks}
+
+
+def _rows(report: making.Report) -> Iterator[tuple[str, str]]:
+    ranks = report["ranks"].values()
+    yield "written", f"{report['out']}, {report['method']}, {format_bytes(report['bytes'])}"
+    yield "experts", ", ".join(report["experts"])
+    yield "sites", f"{len(ranks)}, rank {max(ranks)}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.add_argument("adapters", nargs="+", type=_named_path, metavar="NAME=PATH", help="plain LoRAs, in order")
-    command.add_argument("--out", required=True, type=native_path, metavar="FILE.safetensors", help="what to write")
+    making.add_output(command, details="every module's rank")
     command.add_argument("--top-k", type=int, default=3, metavar="K", help="LoRAs that a token uses")
     command.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the softmax over those")
     command.add_argument("--base", default=DEFAULT_BASE, metavar="BASE", help="a folder or a name")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from loramux.cli.client import Client, add_options
-from loramux.console import say
+from loramux.console import note, say
 from loramux.doctor import CHECKS, Finding, Level, Machine, examine
 from loramux.errors import LoramuxError
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         client = Client.of(options)
     except LoramuxError as error:
-        sys.stderr.write(f"loramux doctor: {error}\n")
+        note(f"loramux doctor: {error}")
         return 1
     return report(Machine(client.url, client.key), as_json=options.json)
 

@@ -1,13 +1,13 @@
 """`loramux adapters mean PATH --out PLACE`: a Bayesian adapter without its posterior, for whatever knows of none."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from loramux.bases import DEFAULT_BASE
-from loramux.cli.base import check_out, load_base
-from loramux.console import say
+from loramux.cli.base import load_base
+from loramux.cli.making import check_out
+from loramux.console import note, say
 from loramux.errors import LoramuxError
 from loramux_adapters import AdapterError, lower
 from loramux_adapters.native import SUFFIX, write_native
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             write_peft(options.out, adapter.mean, base.name)
     except (AdapterError, LoramuxError, OSError) as error:
-        sys.stderr.write(f"loramux adapters mean: {error}\n")
+        note(f"loramux adapters mean: {error}")
         return 1
     say(f"{options.out}: {adapter.method} without {adapter.posterior or 'a posterior, as it was'}")
     return 0

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from loramux.bases import ARCHIVES, DEFAULT_BASE, BaseModelError, prepare_base
+from loramux.console import note
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,13 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
 
     def report(line: str) -> None:
-        sys.stderr.write(f"[{time.monotonic() - begin:5.1f} s] {line}\n")
-        sys.stderr.flush()
+        note(f"[{time.monotonic() - begin:5.1f} s] {line}")
 
     try:
         place = prepare_base(name, progress=report)
     except BaseModelError as error:
-        sys.stderr.write(f"loramux prepare: {error}\n")
+        note(f"loramux prepare: {error}")
         return 1
     sys.stdout.write(f"{place}\n")
     return 0

@@ -55,7 +55,24 @@ def test_the_file_holds_the_composed_adapter(base, loras, tmp_path, capsys):
     model = BaseModel.from_pretrained(base)
     expected = arrow([(f"n{i}", lower(p, model)) for i, p in enumerate(loras)], base=model, top_k=2, temperature=0.5)
     assert digest_of(lower(out, model)) == digest_of(expected)
-    assert "n0, n1, n2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "n0, n1, n2" in said and "1, rank 6" in said
+
+
+def test_as_json(base, loras, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    assert run(base, loras, out, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["out"], found["method"], found["experts"]) == (str(out), "arrow", ["n0", "n1", "n2"])
+    assert found["ranks"] == {"model.layers.0.self_attn.q_proj": 6} and found["bytes"] > 0
+
+
+def test_nothing_is_overwritten_without_force(base, loras, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"mine")
+    assert run(base, loras, out) == 1
+    assert "--force" in capsys.readouterr().err and out.read_bytes() == b"mine"
+    assert run(base, loras, out, "--force") == 0 and out.read_bytes() != b"mine"
 
 
 @pytest.mark.parametrize(
@@ -67,10 +84,11 @@ def test_the_file_holds_the_composed_adapter(base, loras, tmp_path, capsys):
         (["--out", "/nowhere/x.safetensors"], "/nowhere"),
     ],
 )
-def test_refusals_are_one_line(base, loras, tmp_path, capsys, options, words):
+def test_refusals_are_one_line_and_what_to_do(base, loras, tmp_path, capsys, options, words):
     assert run(base, loras, tmp_path / "out.safetensors", *options) == 1
-    message = capsys.readouterr().err
-    assert words in message and message.count("\n") == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("loramux adapters compose: ") and captured.out == ""
+    assert words in captured.err and captured.err.count("\n") <= 2
     assert not (tmp_path / "out.safetensors").exists()
 
 
