@@ -7,7 +7,8 @@ Both are in `commonsense_reasoning/peft/src/peft/tuners/dora.py`; where `visual_
 import torch
 
 from ..checkpoints import BASE
-from .draw import PREFIX, draw, given, targeted
+from . import lora
+from .draw import given
 
 RANK, ALPHA = 4, 8
 
@@ -34,10 +35,8 @@ def make_config(**changes):
 
 
 def make_tensors(config=None, base=BASE, dtype=torch.float32, seed=0):
-    config = config or make_config()
-    shapes, rank = {}, config["r"]
-    for module in targeted(config, base):
-        (d_in, d_out), place = base.linears[module], PREFIX + module
-        shapes |= {f"{place}.lora_A.weight": (rank, d_in), f"{place}.lora_B.weight": (d_out, rank)}
-        shapes[f"{place}.weight_m_wdecomp.weight"] = (d_out, 1)
-    return {name: 1 + t.abs() if "_m_" in name else t for name, t in draw(shapes, dtype, seed).items()}
+    peft = lora.make_tensors({**(config or make_config()), "use_dora": True}, base, dtype, seed)
+    return {
+        name.replace("lora_magnitude_vector", "weight_m_wdecomp.weight"): t[:, None] if t.ndim == 1 else t
+        for name, t in peft.items()
+    }
