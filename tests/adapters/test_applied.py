@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from loramux_adapters import LoweredAdapter
 from loramux_adapters.applied import applied
 from loramux_adapters.gate import Select
 
-from .compact.conftest import CONFIG
 from .compact.mixtures import mixture
+from .compact.tiny import CONFIG, make_model
 from .form import logits
 from .natives import UP, make_site
 
@@ -21,8 +20,7 @@ TOKENS = torch.randint(0, CONFIG.vocab_size, (2, 7), generator=torch.Generator()
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIG).eval()
+    return make_model()
 
 
 def grouped(adapter: LoweredAdapter) -> LoweredAdapter:

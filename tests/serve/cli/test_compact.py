@@ -7,62 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from loramux.cli.adapters import main as adapters
 from loramux.cli.compact import main
 from loramux_adapters import BaseModel, LoweredAdapter, LoweredSite, lower, unserved
-from loramux_adapters.gate import Gate, Select
-from loramux_adapters.mixture import token_site
 from loramux_adapters.native import write_native
 
-WORDS = ("<end>", "<unk>", "user", "rain", "sun", "yes", "no", "which")
-CONFIG = LlamaConfig(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    vocab_size=len(WORDS),
-)
+from ...adapters.compact.mixtures import mixture
+from ...adapters.compact.tiny import CONFIG, make_model, make_tokenizer
+
 LABELLED = {"weather": {"instruction": "which", "examples": [{"text": "rain", "label": "yes"}]}}
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny"
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(CONFIG).save_pretrained(path)
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<unk>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
-    tokenizer.save_pretrained(path)
+    make_model().save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
     return path
 
 
 @pytest.fixture
 def files(tmp_path: Path, base: Path) -> Path:
     """A folder with a mixture of four experts, a plain LoRA, and texts of every kind."""
-    generator = torch.Generator().manual_seed(0)
-    sites: dict[str, LoweredSite] = {}
-    gates: dict[str, Gate] = {}
-    for layer in range(2):
-        name = f"model.layers.{layer}.self_attn.q_proj"
-        a, b = ([torch.randn(*shape, generator=generator) for _ in range(4)] for shape in ((3, 32), (32, 3)))
-        sites[name] = token_site(a, b, [torch.ones(3)] * 4, name)
-        gates[name] = Gate(torch.randn(4, 32, generator=generator), select=Select.TOP_K, k=2)
-    write_native(tmp_path / "mixture.safetensors", LoweredAdapter("mola", sites, gates=gates), "tiny")
-    plain = {name: LoweredSite(site.a[:6], site.b[:6], site.scale[:6]) for name, site in sites.items()}
+    experts = mixture((3, 3, 3, 3))
+    write_native(tmp_path / "mixture.safetensors", experts, "tiny")
+    plain = {name: LoweredSite(site.a[:6], site.b[:6], site.scale[:6]) for name, site in experts.sites.items()}
     write_native(tmp_path / "plain.safetensors", LoweredAdapter("lora", plain), "tiny")
     chat = {"messages": [{"role": "user", "content": "rain"}]}
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "rain sun yes"}) + "\n" + json.dumps(chat))
-    experts = [{"expert": e, "weight": w} for e, w in enumerate((0.4, 0.3, 0.2, 0.1))]
-    (tmp_path / "traffic.jsonl").write_text(json.dumps({"routing": {"decisions": 8, "experts": experts}}))
+    used = [{"expert": e, "weight": w} for e, w in enumerate((0.4, 0.3, 0.2, 0.1))]
+    (tmp_path / "traffic.jsonl").write_text(json.dumps({"routing": {"decisions": 8, "experts": used}}))
     (tmp_path / "labelled.json").write_text(json.dumps(LABELLED))
     return tmp_path
 
@@ -91,7 +66,7 @@ def test_a_mixture_with_everything_measured(files: Path, base: Path, capsys: Any
     worst = max(found["modules"].values(), key=lambda module: module["weights"])
     assert found["error"]["weights"]["max"] == worst["weights"] > 0
     assert all(0 < module["outputs"] < 2 for module in found["modules"].values())
-    assert found["calibration_tokens"] == 3 + 3
+    assert found["calibration_tokens"] == 3 + 4
     (task,) = found["quality"]
     assert (task["task"], task["n"], len(task["right"]), len(task["nats"])) == ("weather", 1, 2, 2)
     assert any("compacted from" in warning for warning in written.warnings)
