@@ -9,6 +9,8 @@ from loramux_adapters import LoweredAdapter
 from loramux_adapters.gate import Gate, GateKind, GateSource, GateValue, Norm, PostMap, PreMap, Select
 from loramux_adapters.lowered import LoweredSite
 
+from .hooks import Change, changed
+
 
 def gate_values(gate: Gate, x: torch.Tensor) -> torch.Tensor:
     """g [tokens, E'] of a token gate on the site's input x [tokens, d_in]; with a map g' and behind it g."""
@@ -65,15 +67,17 @@ def site_delta(site: LoweredSite, gates: Any, x: torch.Tensor) -> torch.Tensor:
 def logits(model: torch.nn.Module, adapter: LoweredAdapter, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of the base model in float64 with the adapter's sites added to its layers."""
     model = deepcopy(model).double()
-    for name, site in adapter.sites.items():
 
-        def add(module: Any, args: Any, y: torch.Tensor, site: LoweredSite = site) -> torch.Tensor:
-            x = args[0]
+    def change(name: str, site: LoweredSite) -> Change:
+        own = model.get_submodule(name).bias
+        own = 0 if own is None else own
+
+        def replace(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             if site.magnitude is not None:
-                own = module.bias if module.bias is not None else 0
                 y = site.magnitude.double() * (y - own) + own
-            return y + site_delta(site, adapter.gates, x.flatten(0, -2)).view(y.shape)
+            return y + site_delta(site, adapter.gates, x)
 
-        model.get_submodule(name).register_forward_hook(add)
-    with torch.no_grad():
+        return replace
+
+    with changed(model, {name: change(name, site) for name, site in adapter.sites.items()}), torch.no_grad():
         return model(tokens).logits

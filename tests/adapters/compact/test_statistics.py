@@ -1,5 +1,6 @@
 """What routers did, against plain torch hooks in float64; and from reports of served traffic."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from loramux_adapters.compact.options import Similarity
 from loramux_adapters.compact.statistics import RouterStatistics, from_texts, from_traffic
 
 from ..form import gate_values
+from ..hooks import hooked
 from .mixtures import Q, dense, mixture
 
 TEXTS = [torch.arange(12)[torch.randperm(12, generator=torch.Generator().manual_seed(i))][: 5 + i] for i in range(4)]
@@ -22,22 +24,17 @@ def cosines(products: torch.Tensor) -> torch.Tensor:
 def seen(model: Any, adapter: LoweredAdapter) -> dict[str, torch.Tensor]:
     """Inputs of the sites with the adapter in place: layer 0's is the base model's own."""
     inputs: dict[str, list[torch.Tensor]] = {module: [] for module in adapter.sites}
-    handles = []
-    for name, site in adapter.sites.items():
 
-        def add(_m: Any, args: Any, y: torch.Tensor, name: str = name, site: Any = site) -> torch.Tensor:
-            x = args[0].flatten(0, -2).double()
-            inputs[name].append(x)
-            g = gate_values(adapter.gates[site.gate], x)
-            delta = sum(g[:, e : e + 1] * (x @ dense(site, [e], site).T) for e in range(g.shape[1]))
-            return y + delta.float().view(y.shape)
+    def delta(name: str, x: torch.Tensor) -> torch.Tensor:
+        site, x = adapter.sites[name], x.double()
+        inputs[name].append(x)
+        assert site.gate is not None
+        g = gate_values(adapter.gates[site.gate], x)
+        return torch.stack([g[:, e : e + 1] * (x @ dense(site, [e], site).T) for e in range(g.shape[1])]).sum(0)
 
-        handles.append(model.get_submodule(name).register_forward_hook(add))
-    with torch.no_grad():
+    with hooked(model, {name: partial(delta, name) for name in adapter.sites}), torch.no_grad():
         for ids in TEXTS:
             model(ids[None])
-    for handle in handles:
-        handle.remove()
     return {name: torch.cat(parts) for name, parts in inputs.items()}
 
 

@@ -99,17 +99,7 @@ class Reference:
         assert (self.base_logits() - expected).abs().max() > 1e-3 * size
 
     def lowered_logits(self, adapter: LoweredAdapter) -> torch.Tensor:
-        """Logits of the base model with y_t += Σ_j scale[j]·(a[j]·x_t)·b[j] added at each site."""
-        model = deepcopy(self.model).double()
-        for name, site in adapter.sites.items():
-            a, b, scale = site.a.double(), site.b.double(), site.scale.double()
-
-            def add(_module: Any, args: Any, y: torch.Tensor, a=a, b=b, scale=scale) -> torch.Tensor:
-                return y + ((args[0] @ a.T) * scale) @ b
-
-            model.get_submodule(name).register_forward_hook(add)
-        with torch.no_grad():
-            return model(self.tokens).logits
+        return logits(self.model, adapter, self.tokens)
 
     def base_logits(self) -> torch.Tensor:
         with torch.no_grad():

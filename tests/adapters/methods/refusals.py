@@ -1,5 +1,6 @@
 """What the tables of wrong variants share: spoiling a sound checkpoint, and the refusal that must follow."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from loramux_adapters import AdapterError, lower
+from loramux_adapters import AdapterError, BaseModel, lower
 
 from ..checkpoints import BASE, write_adapter
 
+Write = Callable[[Path, Mapping[str, Any], dict[str, torch.Tensor]], Path]
 Spoil = Callable[[dict[str, torch.Tensor]], object]
 
 
@@ -34,10 +36,23 @@ def assert_refused(
     spoil: Spoil | None,
     code: str,
     field: str | None,
+    *,
+    base: BaseModel = BASE,
+    write: Write = write_adapter,
 ) -> None:
     if spoil is not None:
         spoil(tensors)
     with pytest.raises(AdapterError) as refusal:
-        lower(write_adapter(folder, config, tensors), BASE)
-    assert refusal.value.code == code
+        lower(write(folder / "refused", config, tensors), base)
+    assert refusal.value.code == code and refusal.value.hint
     assert field is None or refusal.value.field == field
+
+
+def assert_pickle_refused(folder: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """With the command that converts it."""
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    torch.save(tensors, folder / "adapter_model.bin")
+    with pytest.raises(AdapterError) as refusal:
+        lower(folder, BASE)
+    assert (refusal.value.code, refusal.value.field) == ("adapter_unsafe_file", "adapter_model.bin")
+    assert "save_file" in refusal.value.hint

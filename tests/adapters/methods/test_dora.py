@@ -22,7 +22,8 @@ from loramux_adapters.native import digest_of, write_native
 from .. import checkpoints
 from ..checkpoints import RANK, write_adapter
 from ..layouts import dora as layout
-from .refusals import drop, put
+from .formula import assert_one_adapter
+from .refusals import assert_refused, drop, put
 
 CASES = {
     "plain": {"target_modules": ["q_proj", "down_proj"]},
@@ -132,11 +133,7 @@ def test_the_authors_file_with_the_same_numbers_is_the_same_adapter(tmp_path, ba
     peft = {name: t.flatten() if name.endswith("vector") else t for name, t in peft.items()}
     theirs = {name.replace(".weight_m_wdecomp.weight", spell.format("")): t for name, t in tensors.items()}
     same = make_config(r=layout.RANK, lora_alpha=layout.ALPHA)
-    digests = {
-        digest_of(lower(write_adapter(tmp_path / name, part, content), base))
-        for name, part, content in (("peft", same, peft), ("theirs", config, theirs))
-    }
-    assert len(digests) == 1
+    assert_one_adapter(tmp_path, (same, peft), (config, theirs), base=base)
 
 
 def test_it_survives_the_artefact_and_the_native_format(tmp_path, base):
@@ -187,11 +184,7 @@ def refuse(folder, base, config=None, tensors=None):
     ],
 )  # fmt: skip
 def test_wrong_variants_are_refused(tmp_path, base, config, spoil, code, field):
-    tensors = make_tensors()
-    if spoil is not None:
-        spoil(tensors)
-    found = refuse(tmp_path, base, make_config() | config, tensors)
-    assert found[0] == code and (field is None or found[1] == field)
+    assert_refused(tmp_path, make_config() | config, make_tensors(), spoil, code, field, base=base)
 
 
 WEIGHT = f"{MODULES[0]}.weight"

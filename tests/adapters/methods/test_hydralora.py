@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from loramux_adapters import AdapterError, lower
-from loramux_adapters.artefact import digest_of
+from loramux_adapters import lower
 
 from ..checkpoints import BASE, write_adapter
 from ..form import site_delta
 from ..layouts.hydralora import ALPHA, NUMBER, RANK, delta, make_config, make_tensors
+from .formula import EXACT, assert_one_adapter, assert_sites
+from .refusals import assert_refused, drop, put
 
 MODULES = [module for module in BASE.linears if module.endswith(("up_proj", "down_proj"))]
 SITE = "base_model.model.model.layers.0.mlp.up_proj"
@@ -22,20 +23,14 @@ def test_every_site_computes_the_formula(tmp_path, dtype):
     assert adapter.method == "hydralora" and set(adapter.sites) == set(MODULES)
     for module, site in adapter.sites.items():
         d_in, d_out = BASE.linears[module]
-        x = torch.randn(20, d_in, generator=torch.Generator().manual_seed(1))
-        expected = delta(make_config(), tensors, module, x)
         assert site.a.shape == (RANK, d_in) and site.b.shape == (NUMBER * RANK, d_out)
-        assert (site_delta(site, adapter.gates, x) - expected).abs().max() < 1e-9 * expected.abs().max()
+    assert_sites(adapter, delta, make_config(), tensors, EXACT)
 
 
 def test_the_prefix_may_be_missing(tmp_path):
     tensors = make_tensors()
     bare = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
-    digests = {
-        digest_of(lower(write_adapter(tmp_path / name, make_config(), content), BASE))
-        for name, content in (("full", tensors), ("bare", bare))
-    }
-    assert len(digests) == 1
+    assert_one_adapter(tmp_path, (make_config(), tensors), (make_config(), bare))
 
 
 def test_one_head_is_served(tmp_path):
@@ -56,20 +51,12 @@ def test_one_head_is_served(tmp_path):
     torch.testing.assert_close(site_delta(adapter.sites[module], adapter.gates, x), plain)
 
 
-def without(name):
-    return lambda tensors: tensors.pop(name)
-
-
-def put(name, *shape):
-    return lambda tensors: tensors.update({name: torch.ones(shape)})
-
-
 @pytest.mark.parametrize(
     ("config", "spoil", "code", "field"),
     [
-        ({}, without(ROUTER), "adapter_missing_tensor", ROUTER),
-        ({}, without(f"{SITE}.lora_A.weight"), "adapter_missing_tensor", f"{SITE}.lora_A.weight"),
-        ({}, without(f"{SITE}.lora_B1.weight"), "adapter_missing_tensor", f"{SITE}.lora_B1.weight"),
+        ({}, drop(ROUTER), "adapter_missing_tensor", ROUTER),
+        ({}, drop(f"{SITE}.lora_A.weight"), "adapter_missing_tensor", f"{SITE}.lora_A.weight"),
+        ({}, drop(f"{SITE}.lora_B1.weight"), "adapter_missing_tensor", f"{SITE}.lora_B1.weight"),
         ({"lora_nums": 4}, None, "adapter_missing_tensor", None),
         ({"lora_nums": 2}, None, "adapter_unknown_tensor", None),
         ({"lora_nums": "3"}, None, "adapter_config_invalid", "lora_nums"),
@@ -89,11 +76,4 @@ def put(name, *shape):
     ],
 )
 def test_wrong_variants_are_refused(tmp_path, config, spoil, code, field):
-    tensors = make_tensors()
-    if spoil is not None:
-        spoil(tensors)
-    write_adapter(tmp_path, make_config(**config), tensors)
-    with pytest.raises(AdapterError) as refusal:
-        lower(tmp_path, BASE)
-    assert refusal.value.code == code
-    assert field is None or refusal.value.field == field
+    assert_refused(tmp_path, make_config(**config), make_tensors(), spoil, code, field)

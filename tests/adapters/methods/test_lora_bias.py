@@ -182,7 +182,6 @@ def test_exactly_one_method_claims_the_folder(tmp_path):
         ({"r": 8}, None, "adapter_shape_mismatch", None),
         ({"r": None}, None, "adapter_config_invalid", "r"),
         ({"rank_pattern": {"q_proj": 3}}, None, "adapter_shape_mismatch", None),
-        ({"lora_alpha": 1e-60}, None, "adapter_config_invalid", "lora_alpha"),
         ({"unknown": 1}, None, "adapter_unsupported_feature", "unknown"),
     ],
 )  # fmt: skip

@@ -1,7 +1,5 @@
 """MALoRA in our format equals its formula whichever side is folded, and the rest is refused by name."""
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +8,8 @@ from hypothesis import strategies as st
 from loramux_adapters import AdapterError, BaseModel, check_servable, lower
 
 from ..checkpoints import write_adapter
-from ..form import logits, site_delta
-from ..hooks import hooked_logits
 from ..layouts.malora import NUMBER, RANK, SHARED, delta, make_config, make_tensors
+from .formula import ROUNDED, assert_logits, assert_sites
 from .refusals import assert_refused, drop, poison, put
 
 SITE = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -31,12 +28,9 @@ def test_logits_are_those_of_the_formula(tmp_path, reference, shared, dtype):
         # The cheaper lowering: rank s over shared rows, or rank r for every expert.
         assert site.rank == NUMBER * min(shared, RANK)
         assert len(site.a) == (shared if shared <= RANK else NUMBER * RANK)
-    deltas = {module: partial(delta, config, tensors, module) for module in adapter.sites}
-    expected = hooked_logits(tiny.model, deltas, tiny.tokens)
-    moved = (expected - tiny.base_logits()).abs().max()
-    assert len(deltas) == 4 and adapter.method == "malora" and moved > 1e-3
+    assert len(adapter.sites) == 4 and adapter.method == "malora"
     # One factor is a product that is stored in float32.
-    assert (logits(tiny.model, adapter, tiny.tokens) - expected).abs().max() < 1e-6 * moved
+    assert_logits(tiny, adapter, delta, config, tensors)
 
 
 @settings(max_examples=25, deadline=None)
@@ -50,11 +44,7 @@ def test_any_shape(tmp_path_factory, rank, shared, number, d_in, d_out, seed, da
     config = make_config(r=rank, shared_rank=shared, num_experts=number, top_k=k)
     tensors = make_tensors(config, base, seed=seed)
     adapter = lower(write_adapter(tmp_path_factory.mktemp("malora"), config, tensors), base)
-    ((module, site),) = adapter.sites.items()
-    x = torch.randn(5, d_in, generator=torch.Generator().manual_seed(seed + 1))
-    expected = delta(config, tensors, module, x)
-    tolerance = 1e-5 * float(expected.abs().max())
-    torch.testing.assert_close(site_delta(site, adapter.gates, x), expected, rtol=1e-5, atol=tolerance)
+    assert_sites(adapter, delta, config, tensors, 10 * ROUNDED, seed)
 
 
 def test_what_grows_too_much_when_it_is_multiplied_is_refused(tmp_path):
@@ -78,7 +68,6 @@ def test_what_grows_too_much_when_it_is_multiplied_is_refused(tmp_path):
         ({"num_experts": 2}, None, "adapter_unknown_tensor", None),
         ({"top_k": 4}, None, "adapter_config_invalid", "top_k"),
         ({"gate_norm": None}, None, "adapter_config_invalid", "gate_norm"),
-        ({"lora_alpha": 1e-60}, None, "adapter_config_invalid", "lora_alpha"),
         ({"use_dora": True}, None, "adapter_unsupported_feature", "use_dora"),
         ({}, drop(S), "adapter_missing_tensor", S),
         ({}, drop(P1), "adapter_missing_tensor", P1),

@@ -1,19 +1,15 @@
 """MELoRA: the lowered form gives the logits of the authors' layer, written with plain hooks."""
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux_adapters import AdapterError, BaseModel, lower
-from loramux_adapters.artefact import digest_of
 
 from ..checkpoints import BASE, write_adapter
-from ..form import site_delta
-from ..hooks import hooked_logits
 from ..layouts.melora import ALPHAS, RANKS, delta, make_config, make_tensors
+from .formula import assert_logits, assert_one_adapter, assert_sites
 from .refusals import assert_refused, drop, put
 
 TARGETS = ("q_proj", "up_proj")
@@ -29,8 +25,7 @@ def test_logits_are_those_of_the_formula(ranks, dtype, reference, tmp_path):
     config = make_config(r=ranks, lora_alpha=alphas)
     tensors = make_tensors(config, tiny.base, dtype)
     adapter = lower(write_adapter(tmp_path, config, tensors), tiny.base)
-    deltas = {module: partial(delta, config, tensors, module) for module in adapter.sites}
-    tiny.assert_same(adapter, hooked_logits(tiny.model, deltas, tiny.tokens))
+    assert_logits(tiny, adapter, delta, config, tensors)
     assert set(adapter.ranks.values()) == {sum(ranks)}
     assert all(site.a.dtype == site.b.dtype == dtype for site in adapter.sites.values())
 
@@ -53,8 +48,7 @@ def test_logits_are_those_of_the_formula_on_transposed_layers(reference, tmp_pat
     config = make_config(r=[2, 3], lora_alpha=[4, 5], target_modules=["c_attn"], fan_in_fan_out=True)
     tensors = make_tensors(config, tiny.base)
     adapter = lower(write_adapter(tmp_path, config, tensors), tiny.base)
-    deltas = {module: partial(delta, config, tensors, module) for module in adapter.sites}
-    tiny.assert_same(adapter, hooked_logits(tiny.model, deltas, tiny.tokens))
+    assert_logits(tiny, adapter, delta, config, tensors)
 
 
 @settings(max_examples=20, deadline=None)
@@ -74,19 +68,13 @@ def test_any_shape_gives_the_blocks_one_after_the_other(tmp_path_factory, ranks,
     config = make_config(r=ranks, lora_alpha=alphas)
     tensors = make_tensors(config, base, seed=seed)
     adapter = lower(write_adapter(tmp_path_factory.mktemp("adapter"), config, tensors), base)
-    x = torch.randn(3, d_in, generator=torch.Generator().manual_seed(seed))
-    expected = delta(config, tensors, "layers.0.q_proj", x)
-    torch.testing.assert_close(site_delta(adapter.sites["layers.0.q_proj"], {}, x), expected, rtol=1e-6, atol=1e-5)
+    assert_sites(adapter, delta, config, tensors, seed=seed)
 
 
 def test_the_prefix_may_be_missing(tmp_path):
     tensors = make_tensors()
     bare = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
-    digests = {
-        digest_of(lower(write_adapter(tmp_path / name, make_config(), content), BASE))
-        for name, content in (("full", tensors), ("bare", bare))
-    }
-    assert len(digests) == 1
+    assert_one_adapter(tmp_path, (make_config(), tensors), (make_config(), bare))
 
 
 def test_what_is_too_large_when_it_is_lowered_is_refused(tmp_path):

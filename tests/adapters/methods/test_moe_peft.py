@@ -1,17 +1,14 @@
 """MoE-PEFT's layouts: MOLA and LORAMOE equal the formula, and what cannot be applied is refused by name."""
 
-import json
-
 import pytest
-import torch
 
 from loramux_adapters import AdapterError, lower
-from loramux_adapters.artefact import digest_of
 from loramux_adapters.gate import Select
 
 from ..checkpoints import BASE, write_adapter
-from ..form import site_delta
 from ..layouts.moe_peft import NUMBER, RANK, delta, make_config, make_tensors
+from .formula import assert_one_adapter, assert_sites
+from .refusals import assert_pickle_refused, assert_refused, drop, put
 
 TARGETS = ("q_proj", "down_proj")
 MODULES = [module for module in BASE.linears if module.endswith(TARGETS)]
@@ -25,20 +22,15 @@ def test_every_site_computes_the_formula(tmp_path, kind, rslora):
     adapter = lower(write_adapter(tmp_path, config, tensors), BASE)
     assert set(adapter.sites) == set(MODULES)
     for module, site in adapter.sites.items():
-        x = torch.randn(20, BASE.linears[module][0], generator=torch.Generator().manual_seed(1))
-        expected = delta(config, tensors, module, x)
         if kind == "LORAMOE" and ".self_attn." in module:
             assert site.gate is None
         else:
             assert adapter.gates[site.gate].select is (Select.TOP_K if kind == "MOLA" else Select.ALL)
-        assert (
-            site_delta(site, adapter.gates, x) - expected
-        ).abs().max() < 1e-7 * expected.abs().max()  # the scale is float32
+    assert_sites(adapter, delta, config, tensors)
 
 
 def test_a_training_config_means_the_same(tmp_path):
     """Targets as a map, and the fields that only training reads."""
-    saved = digest_of(lower(write_adapter(tmp_path / "saved", make_config(), make_tensors()), BASE))
     targets = {"q_proj": True, "k_proj": False, "down_proj": True}
     extra = {
         "name": "x",
@@ -48,15 +40,7 @@ def test_a_training_config_means_the_same(tmp_path):
         "router_loss": True,
     }
     config = make_config(target_modules=targets, lora_init="gaussian", **extra)
-    assert digest_of(lower(write_adapter(tmp_path / "training", config, make_tensors()), BASE)) == saved
-
-
-def without(*names):
-    return lambda tensors: [tensors.pop(name) for name in names]
-
-
-def put(name, *shape):
-    return lambda tensors: tensors.update({name: torch.ones(shape)})
+    assert_one_adapter(tmp_path, (make_config(), make_tensors()), (config, make_tensors()))
 
 
 SITE = "mola.layers.1.self_attn.q_proj"
@@ -72,8 +56,8 @@ BIAS, MIXLORA = f"{SITE}.experts.0.lora_A.bias", "mixlora.layers.0.mlp.moe_gate.
     ("kind", "config", "spoil", "code", "field"),
     [
         ("MOLA", {}, put(MIXLORA, 5, 24), "adapter_unsupported_feature", MIXLORA),
-        ("MOLA", {}, without(GATE), "adapter_missing_tensor", GATE),
-        ("MOLA", {}, without(EXPERT_3), "adapter_missing_tensor", EXPERT_3),
+        ("MOLA", {}, drop(GATE), "adapter_missing_tensor", GATE),
+        ("MOLA", {}, drop(EXPERT_3), "adapter_missing_tensor", EXPERT_3),
         ("MOLA", {}, put(EXPERT_5, 24, 4), "adapter_unknown_tensor", EXPERT_5),
         ("MOLA", {}, put(GATE, NUMBER, 23), "adapter_shape_mismatch", GATE),
         ("MOLA", {}, put(GATE, NUMBER - 1, 24), "adapter_shape_mismatch", GATE),
@@ -92,8 +76,8 @@ BIAS, MIXLORA = f"{SITE}.experts.0.lora_A.bias", "mixlora.layers.0.mlp.moe_gate.
         ("MOLA", {"alpha_pattern": {"q_proj": 1}}, None, "adapter_unsupported_feature", "alpha_pattern"),
         ("MOLA", {"target_modules": ["q_proj"]}, None, "adapter_unknown_tensor", None),
         ("LORAMOE", {"top_k": 2}, None, "adapter_unsupported_feature", "top_k"),
-        ("LORAMOE", {}, without(f"{MLP}.moe_gate.weight"), "adapter_missing_tensor", f"{MLP}.moe_gate.weight"),
-        ("LORAMOE", {}, without(f"{ATTENTION}.lora_B.weight"), "adapter_missing_tensor", f"{ATTENTION}.lora_B.weight"),
+        ("LORAMOE", {}, drop(f"{MLP}.moe_gate.weight"), "adapter_missing_tensor", f"{MLP}.moe_gate.weight"),
+        ("LORAMOE", {}, drop(f"{ATTENTION}.lora_B.weight"), "adapter_missing_tensor", f"{ATTENTION}.lora_B.weight"),
         ("LORAMOE", {}, put(ATTENTION_A, 5, 24), "adapter_shape_mismatch", ATTENTION_A),
         ("LORAMOE", {}, put(f"{MLP}.lora_A.weight", 4, 40), "adapter_unknown_tensor", f"{MLP}.lora_A.weight"),
         ("LORAMOE", {}, put(ATTENTION_GATE, 5, 24), "adapter_unsupported_feature", ATTENTION_GATE),
@@ -101,14 +85,7 @@ BIAS, MIXLORA = f"{SITE}.experts.0.lora_A.bias", "mixlora.layers.0.mlp.moe_gate.
     ],
 )  # fmt: skip
 def test_wrong_variants_are_refused(tmp_path, kind, config, spoil, code, field):
-    tensors = make_tensors(make_config(kind))
-    if spoil is not None:
-        spoil(tensors)
-    write_adapter(tmp_path, make_config(kind, **config), tensors)
-    with pytest.raises(AdapterError) as refusal:
-        lower(tmp_path, BASE)
-    assert refusal.value.code == code
-    assert field is None or refusal.value.field == field
+    assert_refused(tmp_path, make_config(kind, **config), make_tensors(make_config(kind)), spoil, code, field)
 
 
 def test_an_empty_file_is_refused(tmp_path):
@@ -118,9 +95,4 @@ def test_an_empty_file_is_refused(tmp_path):
 
 
 def test_the_pickle_it_saves_is_refused_with_the_command(tmp_path):
-    (tmp_path / "adapter_config.json").write_text(json.dumps(make_config()))
-    torch.save(make_tensors(), tmp_path / "adapter_model.bin")
-    with pytest.raises(AdapterError) as refusal:
-        lower(tmp_path, BASE)
-    assert (refusal.value.code, refusal.value.field) == ("adapter_unsafe_file", "adapter_model.bin")
-    assert "save_file" in refusal.value.hint
+    assert_pickle_refused(tmp_path, make_config(), make_tensors())

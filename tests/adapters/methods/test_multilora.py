@@ -1,19 +1,15 @@
 """MultiLoRA: the lowered form gives the logits of a sum over LoRAs, written with plain hooks."""
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux_adapters import AdapterError, BaseModel, lower
-from loramux_adapters.artefact import digest_of
 
 from ..checkpoints import BASE, write_adapter
-from ..form import site_delta
-from ..hooks import hooked_logits
 from ..layouts.multilora import NUMBER, RANK, delta, make_config, make_tensors
+from .formula import assert_logits, assert_one_adapter, assert_sites
 from .refusals import assert_refused, drop, put
 
 TARGETS = ("q_proj", "down_proj")
@@ -28,8 +24,7 @@ def test_logits_are_those_of_the_formula(number, dtype, reference, tmp_path):
     config = make_config(lora_num=number)
     tensors = make_tensors(config, tiny.base, dtype)
     adapter = lower(write_adapter(tmp_path, config, tensors), tiny.base)
-    deltas = {module: partial(delta, config, tensors, module) for module in adapter.sites}
-    tiny.assert_same(adapter, hooked_logits(tiny.model, deltas, tiny.tokens))
+    assert_logits(tiny, adapter, delta, config, tensors)
     assert set(adapter.ranks.values()) == {number * RANK}
 
 
@@ -48,11 +43,8 @@ def test_any_shape_gives_the_sum(tmp_path_factory, rank, number, d_in, d_out, al
     config = make_config(r=rank, lora_num=number, lora_alpha=alpha)
     tensors = make_tensors(config, base, torch.bfloat16 if half else torch.float32, seed)
     adapter = lower(write_adapter(tmp_path_factory.mktemp("adapter"), config, tensors), base)
-    x = torch.randn(3, d_in, generator=torch.Generator().manual_seed(seed))
-    expected = delta(config, tensors, "layers.0.q_proj", x)
+    assert_sites(adapter, delta, config, tensors, seed=seed)
     site = adapter.sites["layers.0.q_proj"]
-    close = {"rtol": 1e-6, "atol": 1e-5 * max(1, abs(alpha))}
-    torch.testing.assert_close(site_delta(site, {}, x), expected, **close)
     # The product of two numbers of 16 bits is a float32: only the scale was rounded.
     exact = torch.einsum("noi,no->nio", *(tensors[f"layers.0.q_proj.{n}"].double() for n in ("lora_B", "lora_scaling")))
     assert not half or torch.equal(site.b.double(), exact.flatten(0, 1))
@@ -61,11 +53,7 @@ def test_any_shape_gives_the_sum(tmp_path_factory, rank, number, d_in, d_out, al
 def test_the_prefix_of_several_devices_means_nothing(tmp_path):
     tensors = make_tensors()
     wrapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
-    digests = {
-        digest_of(lower(write_adapter(tmp_path / name, make_config(), content), BASE))
-        for name, content in (("plain", tensors), ("wrapped", wrapped))
-    }
-    assert len(digests) == 1
+    assert_one_adapter(tmp_path, (make_config(), tensors), (make_config(), wrapped))
 
 
 def test_as_it_starts_it_has_no_effect(tmp_path):
@@ -103,7 +91,6 @@ NAN = float("nan")
         ({"r": 8}, None, "adapter_shape_mismatch", None),
         ({"r": ...}, None, "adapter_config_invalid", "r"),
         ({"lora_alpha": ...}, None, "adapter_config_invalid", "lora_alpha"),
-        ({"lora_alpha": 1e-60}, None, "adapter_config_invalid", "lora_alpha"),
         ({"tunable_scaler": True}, None, "adapter_unsupported_feature", "tunable_scaler"),
         ({"use_rslora": True}, None, "adapter_unsupported_feature", "use_rslora"),
         ({"bias": "all"}, None, "adapter_unsupported_feature", "bias"),

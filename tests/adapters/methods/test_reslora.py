@@ -4,7 +4,7 @@ The reference does what `ResLoraLinear.forward` in its `layers.py` does.
 """
 
 import json
-from copy import deepcopy
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -18,8 +18,9 @@ from loramux_adapters.lowered import CarryKind
 
 from ..checkpoints import BASE, write_adapter
 from ..form import logits, site_delta
+from ..hooks import hooked_logits
 from ..layouts.reslora import CONFIG_FILE, RANK, make_config, make_tensors
-from .refusals import drop, poison, put
+from .refusals import assert_refused, drop, poison, put
 
 SITE = "model.layers.1.self_attn.q_proj.loras"
 
@@ -74,15 +75,7 @@ class Reference:
         return self.scale * total
 
     def logits(self, model, tokens):
-        return run(model, tokens, {module: lambda x, module=module: self.delta(module, x) for module in self.loras})
-
-
-def run(model, tokens, deltas):
-    model = deepcopy(model).double()
-    for name, delta in deltas.items():
-        model.get_submodule(name).register_forward_hook(lambda _m, args, y, delta=delta: y + delta(args[0]))
-    with torch.no_grad():
-        return model(tokens).logits
+        return hooked_logits(model, {module: partial(self.delta, module) for module in self.loras}, tokens)
 
 
 def carried_logits(model, adapter, tokens):
@@ -103,7 +96,7 @@ def carried_logits(model, adapter, tokens):
                 source = other.carry.source if other.carry else None
         return (u * site.scale.double()) @ site.b.double()
 
-    return run(model, tokens, {module: lambda x, module=module: delta(module, x) for module in adapter.sites})
+    return hooked_logits(model, {module: partial(delta, module) for module in adapter.sites}, tokens)
 
 
 @pytest.mark.parametrize("options", [{}, {"pre_num": 1}, {"pre_num": 0}, {"res_flag": 0}, {"merge_flag": 4}])
@@ -217,7 +210,6 @@ A0 = f"{SITE}.0.lora_A"
         ({"target_modules": "q.k.f"}, None, "adapter_missing_tensor", None),
         ({"target_modules": "v"}, None, "adapter_unknown_tensor", None),
         ({"lora_alpha": "8"}, None, "adapter_config_invalid", "lora_alpha"),
-        ({"lora_alpha": 1e-60}, None, "adapter_config_invalid", "lora_alpha"),
         ({"use_dora": True}, None, "adapter_unsupported_feature", "use_dora"),
         ({}, put(f"{SITE}.1.lora_A", RANK, 24), "adapter_missing_tensor", None),
         ({}, drop(A0), "adapter_missing_tensor", A0),
@@ -228,13 +220,7 @@ A0 = f"{SITE}.0.lora_A"
     ],
 )
 def test_wrong_variants_are_refused(tmp_path, config, spoil, code, field):
-    tensors = make_tensors(make_config())
-    if spoil is not None:
-        spoil(tensors)
-    with pytest.raises(AdapterError) as refusal:
-        lower(write(tmp_path, make_config(**config), tensors), BASE)
-    assert refusal.value.code == code
-    assert field is None or refusal.value.field == field
+    assert_refused(tmp_path, make_config(**config), make_tensors(make_config()), spoil, code, field, write=write)
 
 
 def test_more_loras_than_were_trained_are_refused(tmp_path):

@@ -1,9 +1,6 @@
 """SiRA in our format equals its formula, a capacity is kept and not served, and the rest is refused by name."""
 
-from functools import partial
-
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,9 +9,8 @@ from loramux_adapters.errors import AdapterUnsupportedFeature
 from loramux_adapters.gate import Capacity
 
 from ..checkpoints import BASE, write_adapter
-from ..form import logits, site_delta
-from ..hooks import hooked_logits
 from ..layouts.sira import NUMBER, delta, make_config, make_tensors
+from .formula import EXACT, assert_logits, assert_sites
 from .refusals import assert_refused, drop, poison, put
 
 SITE = "base_model.model.model.layers.0.self_attn.k_proj"
@@ -28,11 +24,8 @@ def test_logits_are_those_of_the_formula(tmp_path, reference, norm):
     tensors = make_tensors(config, tiny.base)
     adapter = lower(write_adapter(tmp_path, config, tensors), tiny.base)
     check_servable(adapter)
-    deltas = {module: partial(delta, config, tensors, module) for module in adapter.sites}
-    expected = hooked_logits(tiny.model, deltas, tiny.tokens)
-    assert len(deltas) == 4 and adapter.method == "sira"
-    assert (expected - tiny.base_logits()).abs().max() > 1e-3
-    assert (logits(tiny.model, adapter, tiny.tokens) - expected).abs().max() < 1e-10
+    assert len(adapter.sites) == 4 and adapter.method == "sira"
+    assert_logits(tiny, adapter, delta, config, tensors, EXACT)
 
 
 @settings(max_examples=25, deadline=None)
@@ -42,10 +35,7 @@ def test_any_shape(tmp_path_factory, rank, number, d_in, d_out, seed, data):
     config = make_config(r=rank, num_experts=number, top_k=data.draw(st.integers(1, number)))
     tensors = make_tensors(config, base, seed=seed)
     adapter = lower(write_adapter(tmp_path_factory.mktemp("sira"), config, tensors), base)
-    ((module, site),) = adapter.sites.items()
-    x = torch.randn(5, d_in, generator=torch.Generator().manual_seed(seed + 1))
-    expected = delta(config, tensors, module, x)
-    torch.testing.assert_close(site_delta(site, adapter.gates, x), expected, rtol=1e-6, atol=1e-9)
+    assert_sites(adapter, delta, config, tensors, seed=seed)
 
 
 def test_a_capacity_is_kept_but_not_served(tmp_path):

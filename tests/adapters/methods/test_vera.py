@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux_adapters import AdapterError, lower, open_artefact, prepare
-from loramux_adapters.artefact import digest_of
 from loramux_adapters.methods.vera import _OWN_FIELDS
 
 from ..checkpoints import BASE, write_adapter
 from ..form import site_delta
 from ..layouts.vera import RANK, make_config, make_tensors
+from .formula import assert_one_adapter
 from .refusals import assert_refused, drop, put
 
 CASES = {
@@ -113,16 +113,12 @@ def test_any_rank_gives_the_dense_delta(tmp_path_factory, rank, half, seed):
 
 def test_all_spellings_mean_the_same(tmp_path):
     tensors = make_tensors()
-    spellings = {
-        "plain": tensors,
-        "adapter's name": {f"{name}.default": tensor for name, tensor in tensors.items()},
-        "bare": {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()},
-    }
-    digests = {
-        digest_of(lower(write_adapter(tmp_path / name, make_config(), content), BASE))
-        for name, content in spellings.items()
-    }
-    assert len(digests) == 1
+    assert_one_adapter(
+        tmp_path,
+        (make_config(), tensors),
+        (make_config(), {f"{name}.default": tensor for name, tensor in tensors.items()}),
+        (make_config(), {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}),
+    )
 
 
 def test_sites_of_one_width_share_rows_until_they_are_written(tmp_path):
