@@ -41,7 +41,7 @@ class Targets:
 
     def resolve(self, modules: Iterable[str]) -> tuple[dict[str, int], dict[str, float]]:
         """Rank and alpha of each of the modules that the config targets."""
-        selected = self.select(modules)
+        selected = sorted(self.select(modules))
         return {module: self.rank(module) for module in selected}, {module: self.alpha(module) for module in selected}
 
     def unused_patterns(self) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """What `loramux adapters compact` says it did, as data and as lines."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from loramux.cli.making import span, summary
@@ -36,7 +37,7 @@ def warned(adapter: LoweredAdapter, digest: str, report: dict[str, Any]) -> Lowe
     text = (
         f"compacted from {digest[:16]}: relative error of ΔW {error['mean']:.3g} in the mean, up to {error['max']:.3g}"
     )
-    return LoweredAdapter(adapter.method, adapter.sites, (*adapter.warnings, text), adapter.gates, adapter.ffn)
+    return replace(adapter, warnings=(*adapter.warnings, text))
 
 
 def rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:

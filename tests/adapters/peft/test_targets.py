@@ -100,6 +100,13 @@ def test_a_pattern_that_would_run_for_ever_is_stopped(field, monkeypatch):
     assert time.monotonic() - before < 5
 
 
+def test_what_is_warned_of_does_not_depend_on_the_order_of_a_set():
+    modules = [f"model.layers.{layer}.q_proj" for layer in range(99)]
+    resolved = Targets(parse_config(make_config(alpha_pattern={"q_proj": 1, r".*q_pro.": 2})))
+    resolved.resolve(modules)
+    assert resolved.ambiguous == {"alpha_pattern": "model.layers.0.q_proj"}
+
+
 def test_many_full_names_as_keys_stay_fast():
     """EVA writes a rank for every module of the model."""
     names = [f"model.layers.{layer}.{m}" for layer in range(80) for m in ("q", "k", "v", "o", "gate", "up", "down")]
