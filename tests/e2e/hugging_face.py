@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+
+from ..adapters.hooks import Delta
 
 TOKENS = 32
 TOLERANCE = 1e-3  # nats, on every generated token
@@ -31,6 +34,20 @@ def encode(path: Path, texts: tuple[str, ...]) -> list[list[int]]:
         tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True, return_dict=False)
         for t in texts
     ]
+
+
+def lora_deltas(folder: Path, scale: float) -> dict[str, Delta]:
+    """What the LoRA in a PEFT folder adds, by module: scale · B A x."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+
+    def delta(a: torch.Tensor, b: torch.Tensor) -> Delta:
+        return lambda x: scale * (x @ a.T) @ b.T
+
+    names = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
+    return {
+        name.removeprefix("base_model.model."): delta(*(tensors[f"{name}.lora_{factor}.weight"] for factor in "AB"))
+        for name in sorted(names)
+    }
 
 
 def generate(model: Any, prompt: list[int]) -> Answer:

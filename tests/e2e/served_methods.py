@@ -9,16 +9,14 @@ a few percent of what the layer itself puts out.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from loramux_adapters import BaseModel, draw, lower, write_native
@@ -163,21 +161,3 @@ PEFT_ROWS: dict[str, tuple[dict[str, Any], float]] = {
     "lora": ({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}, 0.02),
     **peft_adapters.OTHERS,
 }
-
-
-@contextlib.contextmanager
-def hooked(model: Any, deltas: Mapping[str, Delta]) -> Iterator[Any]:
-    """The model with what an adapter adds to the outputs of its linears."""
-
-    def hook(delta: Delta) -> Any:
-        def add(_module: Any, inputs: Any, y: torch.Tensor) -> torch.Tensor:
-            return y + delta(inputs[0].flatten(0, -2)).view(y.shape).to(y.dtype)
-
-        return add
-
-    handles = [model.get_submodule(name).register_forward_hook(hook(delta)) for name, delta in deltas.items()]
-    try:
-        yield model
-    finally:
-        for handle in handles:
-            handle.remove()

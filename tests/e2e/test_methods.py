@@ -19,9 +19,10 @@ from loramux_adapters.detect import find_method
 from loramux_adapters.files import AdapterFolder
 from loramux_adapters.methods import METHODS
 
+from ..adapters.hooks import hooked
 from . import peft_adapters
 from .hugging_face import TOKENS, TOLERANCE, Answer, assert_equal, difference, encode, greedy_after, load
-from .served_methods import PEFT_ROWS, ROWS, hooked
+from .served_methods import PEFT_ROWS, ROWS
 
 pytestmark = pytest.mark.engine
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from loramux_adapters import BaseModel, LoweredAdapter, LoweredSite
 from loramux_adapters.gate import Gate, Norm, PostMap, Select
 from loramux_adapters.native import write_native
 
+from ..adapters.hooks import hooked
 from .hugging_face import TOLERANCE, Answer, assert_equal, difference, encode, generate, load
 
 pytestmark = pytest.mark.engine
@@ -160,32 +162,22 @@ def _gates(mixture: Mixture, scores: torch.Tensor) -> torch.Tensor:
     return gates
 
 
-class Hooked:
-    """The model with one mixture added by forward hooks. `gates`: what these decided in the last pass, by linear."""
+class Formula:
+    """What one mixture adds, in its input's dtype. `gates`: what it decided in the last pass, by linear."""
 
-    def __init__(self, model: Any, mixture: Mixture, experts: dict[str, Experts]) -> None:
-        self.model = model
+    def __init__(self, mixture: Mixture, experts: dict[str, Experts]) -> None:
+        self.deltas = {name: partial(self._delta, name) for name in experts}
         self.gates: dict[str, torch.Tensor] = {}
-        self._handles = []
-        dtype = next(model.parameters()).dtype
-        for name, site in experts.items():
-            factors = zip(site.a, site.b, site.scale, site.users, strict=True)
-            parts = [(a.to(dtype), b.to(dtype), s, e) for a, b, s, users in factors for e in users]
-            router = site.router.to(dtype)
+        self._mixture, self._experts = mixture, experts
 
-            def hook(_: Any, inputs: Any, y: Any, name: str = name, parts: Any = parts, router: Any = router) -> Any:
-                x = inputs[0]
-                gates = self.gates[name] = _gates(mixture, (x[0] @ router.T))
-                return y + sum(gates[None, :, e, None] * s * ((x @ a.T) @ b.T) for a, b, s, e in parts)
-
-            self._handles.append(model.get_submodule(name).register_forward_hook(hook))
-
-    def __enter__(self) -> Any:
-        return self.model
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+    def _delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        site = self._experts[name]
+        gates = self.gates[name] = _gates(self._mixture, x @ site.router.to(x.dtype).T)
+        total = torch.zeros(len(x), len(site.b[0]), dtype=x.dtype)
+        for a, b, scale, users in zip(site.a, site.b, site.scale, site.users, strict=True):
+            for e in users:
+                total += gates[:, e, None] * scale * (x @ a.to(x.dtype).T @ b.to(x.dtype).T)
+        return total
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +201,10 @@ def expected(
     for i, (name, mixture) in enumerate(MIXTURES.items()):
         experts = _random(mixture, base_model.linears, seed=i)
         prompt = prompts[i % len(prompts)]
-        with Hooked(single, mixture, experts) as model:
+        formula = Formula(mixture, experts)
+        with hooked(single, formula.deltas) as model:
             answer = generate(model, prompt)
-        with Hooked(double, mixture, experts) as model, torch.inference_mode():
+        with hooked(double, formula.deltas) as model, torch.inference_mode():
             logits = model(torch.tensor([prompt + answer[0]])).logits[0, len(prompt) - 1 : -1]
         control = torch.log_softmax(logits, -1)
         gap = max(abs(float(control[t, token]) - p) for t, (token, p) in enumerate(zip(*answer, strict=True)))
@@ -272,10 +265,10 @@ def test_the_routing_report_is_what_the_hooks_decided(
     seen = prompt + list(outputs[1].outputs[0].token_ids)[:-1]
     mixture = MIXTURES[name]
     experts = _random(mixture, base_model.linears, seed=list(MIXTURES).index(name))
-    hooked = Hooked(models[0], mixture, experts)
-    with hooked as model, torch.inference_mode():
+    formula = Formula(mixture, experts)
+    with hooked(models[0], formula.deltas) as model, torch.inference_mode():
         model(torch.tensor([seen]))
-    gates = torch.stack(list(hooked.gates.values()))  # [linears, tokens, experts]
+    gates = torch.stack(list(formula.gates.values()))  # [linears, tokens, experts]
     assert report["tokens"] == len(seen) and report["decisions"] == gates.shape[0] * gates.shape[1]
     assert report["selected"] == (gates > 0).sum((0, 1)).tolist()
     share = (gates / gates.sum(-1, keepdim=True)).nan_to_num(0).sum((0, 1))

@@ -1,4 +1,6 @@
-"""Served answers equal PEFT's, float32, real base: every PEFT LoRA feature and what folds, alone and in one batch.
+"""Served answers equal PEFT's, float32, real base: every option of its LoRA, alone and in one batch.
+
+Its other methods, and the plainest LoRA, are in `test_methods.py`.
 
 The reference is PEFT's own forward on the Hugging Face model; nothing of loramux computes it. Weights are mild (B of
 standard deviation 0.02, 0.1 where few layers are adapted): answers differ from the base's, rounding decides no token.
@@ -29,7 +31,6 @@ PROMPTS = (
 )
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FEATURES: dict[str, dict[str, Any]] = {
-    "attention": {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION},
     "all_linear": {"r": 6, "lora_alpha": 12, "target_modules": "all-linear"},
     "excluded": {
         "r": 4,
@@ -69,7 +70,6 @@ FEATURES: dict[str, dict[str, Any]] = {
         "use_dora": True,
         "dtype": torch.bfloat16,
     },
-    **{name: options for name, (options, _) in peft_adapters.OTHERS.items()},
 }
 
 
@@ -92,8 +92,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, reference: Any, prompts: 
     made = {}
     for i, (name, options) in enumerate(FEATURES.items()):
         few = "layers" in str(options.get("target_modules")) or "layers_to_transform" in options
-        std = peft_adapters.OTHERS[name][1] if name in peft_adapters.OTHERS else 0.1 if few else 0.02
-        model = peft_adapters.make(reference, folder / name, options, std=std, seed=i)
+        model = peft_adapters.make(reference, folder / name, options, std=0.1 if few else 0.02, seed=i)
         with peft.helpers.DoraCaching():  # or PEFT computes all lengths of all rows anew for every token
             made[name] = (folder / name, generate(model, prompts[i % len(prompts)]))
         reference = model.unload()
@@ -150,7 +149,7 @@ def test_base_rows_are_bit_identical(engine: Any, adapters: Any, prompts: Any) -
 def test_prefix_cache_is_not_shared_between_adapters(engine: Any, adapters: Any, prompts: Any) -> None:
     """A long shared prompt, under base, one adapter, another, and the first again."""
     prompt = [token for ids in prompts for token in ids] * 2
-    (first, _), (second, _) = adapters["attention"], adapters["all_linear"]
+    (first, _), (second, _) = adapters["float16"], adapters["all_linear"]
     order = [None, first, second, None, first]
     answers = [engine.greedy([(prompt, source)], tokens=16)[0] for source in order]
     assert answers[3][0] == answers[0][0] and answers[4][0] == answers[1][0]

@@ -11,12 +11,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from loramux_adapters import BaseModel
 
+from ...adapters.hooks import hooked
 from ..conftest import run_server
-from ..hugging_face import encode, load
+from ..hugging_face import encode, load, lora_deltas
 from .conftest import MakeAdapter, complete, put
 
 ADAPTERS, FIT = 60, 8
@@ -51,25 +51,14 @@ def expected(adapters: dict[str, Path], base_path: Path) -> dict[str, str]:
     (prompt,) = encode(base_path, ("Write a line about a lighthouse.",))
     texts = {}
     for name, path in adapters.items():
-        tensors = load_file(path / "adapter_model.safetensors")
-        handles = []
-        for key in (k for k in tensors if k.endswith("lora_A.weight")):
-            module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
-
-            def hook(_: Any, inputs: Any, y: Any, a: Any = a, b: Any = b) -> Any:
-                return y + 2 * (inputs[0] @ a.T) @ b.T
-
-            handles.append(model.get_submodule(module).register_forward_hook(hook))
-        ids = model.generate(
-            input_ids=torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=TOKENS,
-            do_sample=False,
-        )
+        with hooked(model, lora_deltas(path, scale=2)):
+            ids = model.generate(
+                input_ids=torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=TOKENS,
+                do_sample=False,
+            )
         texts[name] = tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)
-        for handle in handles:
-            handle.remove()
     return texts
 
 
