@@ -82,7 +82,7 @@ async def test_the_sum_answers_by_the_name_that_was_written(server: Server, path
     assert json.loads(answer.body) == {"model": model or BASE}
     (seen,) = server.engine.seen
     assert seen.pop("model").startswith(f"{COMPOSED}@") and seen == {"messages": [], "n": 1}
-    assert not any(v.leases for v in server.world.registry._compositions._versions.values())
+    assert server.world.observer.leased[COMPOSED] == 0  # it had one, and gave it back
 
 
 async def test_a_part_without_a_weight_has_one(server: Server) -> None:
