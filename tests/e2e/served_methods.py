@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from loramux_adapters import BaseModel, draw, lower, write_native
