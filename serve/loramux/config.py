@@ -30,6 +30,11 @@ LOAD_PATIENCE_S = 30.0
 #: Bytes of a request's body, by default: a prompt with some images in it, but no flood.
 MAX_BODY = 32 * 2**20
 
+#: Bytes for summing probabilities over draws: 1365 tokens of a vocabulary of 49k at once, 523 of 128k.
+SCORE_MEMORY = 256 * 2**20
+#: A row for every token of any vocabulary.
+_LEAST_SCORE_MEMORY = 4 * 2**20
+
 #: Keys of the environment: two for requests, one for changes. vLLM's guards less there (/v1 only) than here.
 KEY_VARIABLES = ("LORAMUX_API_KEY", "VLLM_API_KEY", "LORAMUX_ADMIN_KEY")
 
@@ -43,6 +48,7 @@ class ServeConfig:
     adapter_dirs: tuple[Path, ...] = ()  # every subfolder is an adapter: a bad one is listed as failed
     adapter_roots: tuple[Path, ...] = ()  # where requests may load from
     adapter_memory: int | None = None  # None: 10 % of device memory, 1 GiB on CPU
+    score_memory: int = SCORE_MEMORY
     max_rank: int | None = None  # None: at least 256, more if an adapter named at the start has more
     state: Path | None = None  # None: in the cache folder, by base and port
     load_patience_s: float = LOAD_PATIENCE_S
@@ -75,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--adapter-root", metavar="DIR", action="append", default=[], help="let requests load from DIR; repeatable")
     add("--adapter-memory", metavar="SIZE", help="memory for adapters, e.g. 2GiB (default: 10 %% of the device)")
+    add("--score-memory", metavar="SIZE", help="memory for scores of Bayesian adapters (default: 256MiB)")
     add("--state", metavar="FILE", help="where adapters that were put outlive the server (default: in the cache)")
     add(
         "--load-patience",
@@ -139,6 +146,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Serve
         adapter_dirs=tuple(map(Path, options.adapters)),
         adapter_roots=tuple(map(Path, options.adapter_root)),
         adapter_memory=_size("--adapter-memory", options.adapter_memory, "a tenth of the device"),
+        score_memory=_score_memory(options.score_memory),
         max_rank=_rank(options.max_lora_rank),
         state=Path(options.state) if options.state else None,
         load_patience_s=_patience(options.load_patience),
@@ -162,6 +170,13 @@ def _size(option: str, text: str | None, default: str) -> int | None:
         raise ConfigError(f"{option}: {error}.", hint=f"Leave it out for {default}.") from None
     if size == 0:
         raise ConfigError(f"{option} is 0.", hint=f"Leave it out for {default}.")
+    return size
+
+
+def _score_memory(text: str | None) -> int:
+    size = _size("--score-memory", text, "256MiB") or SCORE_MEMORY
+    if size < _LEAST_SCORE_MEMORY:
+        raise ConfigError("--score-memory is less than 4MiB.", hint="Leave it out for 256MiB.")
     return size
 
 

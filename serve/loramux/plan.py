@@ -24,6 +24,7 @@ class MemoryPlan:
     adapters: dict[str, int]  # name -> bytes in the pool
     max_rank: int
     kv_cache: str
+    score_bytes: int = 0  # probabilities that are summed over draws
     unread: int = 0  # adapters whose bytes are not known yet
 
     @property
@@ -55,6 +56,8 @@ class MemoryPlan:
             rows.append(f"  room for about {self.more_fit} more of this size")
         if self.unread:
             rows.append(f"  {self.unread} more will be read after the start")
+        if self.score_bytes:
+            rows.append(f"score memory    {format_bytes(self.score_bytes)}")
         return [*rows, f"KV cache        {self.kv_cache}"]
 
 

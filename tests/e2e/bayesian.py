@@ -18,8 +18,13 @@ EXPERTS = 3
 _SITES = ("q_proj", "v_proj", "down_proj")
 
 
-def make(base: BaseModel, *, sigma: float, mixture: bool = False, seed: int = 0, rank: int = 8) -> LoweredAdapter:
-    """A ~ N(M, σ²) at three kinds of linears of every third layer; of a mixture, every expert is drawn."""
+def make(
+    base: BaseModel, *, sigma: float, mixture: bool = False, dense: bool = False, seed: int = 0, rank: int = 8
+) -> LoweredAdapter:
+    """A ~ N(M, σ²) at three kinds of linears of every third layer; of a mixture, every expert is drawn.
+
+    With `dense`, ΔW + S ⊙ z instead, as ABMLL: S = σ times a product of rank 2 and a constant.
+    """
     generator = torch.Generator().manual_seed(seed)
     sites, gates = {}, {}
     for module, (d_in, d_out) in sorted(base.linears.items()):
@@ -33,11 +38,16 @@ def make(base: BaseModel, *, sigma: float, mixture: bool = False, seed: int = 0,
             options = {"gate": module, "expert": torch.arange(rank, dtype=torch.int32) % EXPERTS}
         # As training leaves them: σ differs from element to element.
         deviation = torch.full((rank, d_in), sigma) * (0.5 + torch.rand(rank, d_in, generator=generator))
+        variance = Variance(VarianceKind.DIAGONAL_A, {"sigma_a": deviation})
+        if dense:
+            std_a, std_b = torch.rand(2, d_in, generator=generator), torch.rand(2, d_out, generator=generator)
+            tensors = {"std_a": std_a, "std_b": sigma * std_b, "offset": torch.tensor([sigma])}
+            variance = Variance(VarianceKind.HIERARCHICAL, tensors)
         sites[module] = LoweredSite(
             torch.randn(rank, d_in, generator=generator) * 0.05,
             torch.randn(rank, d_out, generator=generator) * 0.05,
             torch.full((rank,), 2.0),
-            variance=Variance(VarianceKind.DIAGONAL_A, {"sigma_a": deviation}),
+            variance=variance,
             **options,
         )
     return LoweredAdapter("test", sites, gates=gates)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,11 @@ import torch
 
 from loramux.paths import cache_dir
 from loramux.uncertainty import scores
-from loramux_adapters import BaseModel, LoweredAdapter, open_artefact, prepare, prepare_draw
+from loramux_adapters import BaseModel, LoweredAdapter, lower, open_artefact, prepare, prepare_draw
+from loramux_adapters.posterior.tfb import tfb
 
 from . import bayesian
-from .conftest import Server, run_server
+from .conftest import EXAMPLES, Server, run_server
 from .hugging_face import load
 
 pytestmark = pytest.mark.engine
@@ -34,9 +38,12 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, base_model: BaseModel) ->
     made = {
         "doubt": bayesian.make(base_model, sigma=0.05, seed=1),
         "doubts": bayesian.make(base_model, sigma=0.1, mixture=True, seed=2),
+        "dense": bayesian.make(base_model, sigma=0.005, dense=True, seed=4),
         "sure": bayesian.make(base_model, sigma=0.0, seed=3),
     }
-    return {name: bayesian.write(one, base_model, folder / f"{name}.safetensors") for name, one in made.items()}
+    written = {name: bayesian.write(one, base_model, folder / f"{name}.safetensors") for name, one in made.items()}
+    spam = tfb(lower(EXAMPLES / "spam", base_model), base_model, 0.05)
+    return written | {"spam-bayes": bayesian.write(spam, base_model, folder / "spam.safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def bayesian_server(
     tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path], spare_adapters: Path
 ) -> Iterator[Server]:
     named = [f"--adapter={name}={path}" for name, path in {**adapters, "plain": spare_adapters / "spare0"}.items()]
-    with run_server(tmp_path_factory.mktemp("server") / "log", *named, "--adapter-memory", "64MiB") as server:
+    with run_server(tmp_path_factory.mktemp("server") / "log", *named, "--adapter-memory", "80MiB") as server:
         yield server
 
 
@@ -76,11 +83,11 @@ def expected(model: Any, drawn: list[LoweredAdapter], prompt: list[int], answer:
 def ask(client: openai.OpenAI, model: str, uncertainty: Any, **options: Any) -> Any:
     body = {"uncertainty": uncertainty, "return_token_ids": True, **options.pop("extra_body", {})}
     return client.chat.completions.create(
-        **{"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": 24, **options}, extra_body=body
+        **{"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": 12, **options}, extra_body=body
     )
 
 
-@pytest.mark.parametrize("model", ["doubt", "doubts"])
+@pytest.mark.parametrize("model", ["doubt", "doubts", "dense"])
 def test_scores_equal_the_reference(
     client: openai.OpenAI, adapters: dict[str, Path], base_model: BaseModel, reference: Any, model: str
 ) -> None:
@@ -107,7 +114,11 @@ def test_scores_equal_the_reference(
         assert abs(told[name] - value) < TOLERANCE * per_token, name
     assert abs(told["raw"]["epistemic"] - (total - aleatoric).mean()) < TOLERANCE
     assert told["mode"] == "score" and told["samples"] == S and not told["partial"]
-    assert told["posterior"] == "diagonal_a" and told["noise"] == "sequence" and told["extra_passes"] == S
+    assert (
+        told["posterior"] == ("hierarchical" if model == "dense" else "diagonal_a")
+        and told["noise"] == "sequence"
+        and told["extra_passes"] == S
+    )
     assert answer.usage.uncertainty_tokens == S * (len(prompt) + len(tokens))
 
 
@@ -117,7 +128,7 @@ def test_the_same_again_and_without_asking(client: openai.OpenAI) -> None:
     assert first.choices[0].uncertainty["epistemic"] == pytest.approx(
         second.choices[0].uncertainty["epistemic"], abs=1e-5
     )
-    plain = client.chat.completions.create(model="doubt", messages=QUESTION, temperature=0, max_tokens=24)
+    plain = client.chat.completions.create(model="doubt", messages=QUESTION, temperature=0, max_tokens=12)
     assert plain.choices[0].message.content == first.choices[0].message.content
     assert "uncertainty" not in (plain.choices[0].model_extra or {})
 
@@ -154,7 +165,7 @@ def test_what_is_late_is_partial(client: openai.OpenAI) -> None:
     assert told["partial"] and told["epistemic"] is None
 
 
-@pytest.mark.parametrize("model", ["doubt", "doubts"])
+@pytest.mark.parametrize("model", ["doubt", "doubts", "dense"])
 def test_decisions_equal_the_reference(
     client: openai.OpenAI, adapters: dict[str, Path], base_model: BaseModel, base_path: Path, reference: Any, model: str
 ) -> None:
@@ -234,9 +245,26 @@ def test_fast_tells_of_several_choices(client: openai.OpenAI) -> None:
     told = [choice.uncertainty for choice in asked.choices]
     assert len({one["nll_ln"] for one in told}) == 3 and {one["mode"] for one in told} == {"fast"}
     plain = client.chat.completions.create(
-        model="plain", messages=QUESTION, max_tokens=24, n=3, temperature=1.0, seed=3
+        model="plain", messages=QUESTION, max_tokens=12, n=3, temperature=1.0, seed=3
     )
     assert [c.message.content for c in asked.choices] == [c.message.content for c in plain.choices]
+
+
+def test_an_answer_that_was_written_elsewhere(client: openai.OpenAI, bayesian_server: Server) -> None:
+    """The mean's own answer, sent back, has the scores that it came with."""
+    answer = ask(client, "doubt", {"samples": S}, extra_body={"ignore_eos": True})
+    text = answer.choices[0].message.content
+    body = {"model": "doubt", "messages": QUESTION, "completion": text, "uncertainty": {"samples": S}}
+    scored = bayesian_server.post("/v1/uncertainty/score", body).json()
+    choice = scored["choices"][0]
+    assert choice["message"]["content"] == text
+    if scored["usage"]["completion_tokens"] == len(answer.choices[0].token_ids):  # it is split as it was written
+        for name in ("epistemic", "nll_ln"):
+            assert choice["uncertainty"][name] == pytest.approx(answer.choices[0].uncertainty[name], abs=1e-5)
+    plain = bayesian_server.post("/v1/uncertainty/score", {**body, "model": "plain"}).json()["choices"][0]
+    assert plain["uncertainty"]["mode"] == "fast" and plain["uncertainty"]["nll_ln"] > 0
+    refused = bayesian_server.post("/v1/uncertainty/score", {**body, "completion": "word " * 1100})
+    assert refused.status_code == 400 and refused.json()["error"]["hint"]
 
 
 def test_completions_have_it_too(client: openai.OpenAI) -> None:
@@ -279,6 +307,17 @@ def test_bad_requests_are_refused_with_a_hint_and_the_server_goes_on(
         assert error.value.param == param
         assert error.value.body["hint"]  # type: ignore[index]
     assert ask(client, "doubt", {"samples": 2}, max_tokens=2).choices[0].uncertainty["epistemic"] is not None
+
+
+def test_the_readme(bayesian_server: Server) -> None:
+    text = (Path(__file__).parents[2] / "serve" / "README.md").read_text()
+    (block,) = (b for b in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if "decide" in b)
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written):
+        exec(compile(block.replace("http://127.0.0.1:8000", bayesian_server.url), "README.md", "exec"), {})
+    answer, spam, ham = written.getvalue().splitlines()
+    assert re.fullmatch(r"spam [01]\.\d\d \d\.\d{3} 0\.\d{4}", answer), answer
+    assert float(spam.split()[1]) > 0.5 > float(ham.split()[1])
 
 
 def test_metrics(client: openai.OpenAI, bayesian_server: Server) -> None:

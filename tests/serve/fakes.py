@@ -15,7 +15,7 @@ from typing import Any
 
 from loramux.errors import PoolExhausted
 from loramux.registry import Adapter, AdapterRegistry, State, Store, Version
-from loramux_adapters import AdapterSummary, Artefact
+from loramux_adapters import AdapterSummary, Artefact, Posterior
 from loramux_adapters.compose.prepared import Part, Router
 
 BASE = "tiny-base"
@@ -90,16 +90,27 @@ class FakeCompose:
         return artefact
 
 
-class FakeDraw:
-    """Makes a draw whose content tells of what. Runs in a thread."""
+class FakePosteriors:
+    """Makes draws whose content tells of what. Runs in threads."""
+
+    max_rank = 16
 
     def __init__(self, cache: Path = CACHE) -> None:
         self.cache = cache
         self.made: list[tuple[str, int, int]] = []
         self.error: Exception | None = None
+        self.described: list[str] = []
+        self.samples: int | None = None
+        self.growth, self.rank = 1, 8  # of a draw: its bytes, as a multiple of the mean's
         self.same = False  # every draw has one content, as without noise
 
-    def __call__(self, artefact: Artefact, *, seed: int, sample: int) -> Artefact:
+    def describe(self, artefact: Artefact) -> Posterior:
+        self.described.append(artefact.digest)
+        if self.error is not None:
+            raise self.error
+        return Posterior("ensemble", 1, 100, self.samples, self.growth * artefact.summary.nbytes, self.rank, ())
+
+    def draw(self, artefact: Artefact, *, seed: int, sample: int) -> Artefact:
         self.made.append((artefact.digest, seed, sample))
         if self.error is not None:
             raise self.error
@@ -189,7 +200,7 @@ class World:
     capacity: int = 10**6
     prepare: FakePrepare = field(default_factory=FakePrepare)
     compose: FakeCompose = field(default_factory=FakeCompose)
-    draw: FakeDraw = field(default_factory=FakeDraw)
+    posteriors: FakePosteriors = field(default_factory=FakePosteriors)
     observer: Any = field(default_factory=FakeObserver)
     store: Store = field(default_factory=Store.in_memory)
 
@@ -199,7 +210,7 @@ class World:
             base=BASE,
             prepare=self.prepare,
             compose=self.compose,
-            draw=self.draw,
+            posteriors=self.posteriors,
             data_plane=self.data_plane,
             observer=self.observer,
             store=self.store,

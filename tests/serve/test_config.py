@@ -28,7 +28,8 @@ def test_every_option_of_ours() -> None:
     config = parse(
         split(
             "some/base --adapter a=x/a --adapter b=x=y --adapters d1 --adapters d2 --adapter-root r "
-            "--adapter-memory 2GiB --max-lora-rank 512 --state s.sqlite --load-patience 2.5 --dry-run"
+            "--adapter-memory 2GiB --score-memory 64MiB --max-lora-rank 512 --state s.sqlite --load-patience 2.5 "
+            "--dry-run"
         )
     )
     assert config == ServeConfig(
@@ -37,6 +38,7 @@ def test_every_option_of_ours() -> None:
         adapter_dirs=(Path("d1"), Path("d2")),
         adapter_roots=(Path("r"),),
         adapter_memory=2 * 2**30,
+        score_memory=64 * 2**20,
         max_rank=512,
         state=Path("s.sqlite"),
         load_patience_s=2.5,
@@ -98,6 +100,8 @@ def test_bad_names(name: str, tmp_path: Path) -> None:
         ["--lora-modules", '{"name": "a", "path": 7}'],
         ["--lora-modules", '{"name": 7, "path": "p"}'],
         ["--adapter-memory", "much"],
+        ["--score-memory", "0"],
+        ["--score-memory", "1MiB"],
         ["--adapter-memory", "2 GX"],
         ["--adapter-memory", "0"],
         ["--adapter-memory", "1e3"],

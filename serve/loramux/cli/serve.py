@@ -17,9 +17,9 @@ from loramux.http import logs
 from loramux.http.keys import KeyRing
 from loramux.paths import cache_dir
 from loramux.plan import LISTED, SLOTS, MemoryPlan, rank_limit
-from loramux.registry import AdapterRegistry, State
+from loramux.registry import AdapterRegistry, Posteriors, State
 from loramux.units import format_bytes
-from loramux_adapters import prepare, prepare_draw
+from loramux_adapters import prepare
 from loramux_adapters.compose.prepared import compose
 
 
@@ -76,6 +76,7 @@ def run(config: ServeConfig) -> int:
         },
         max_rank=rank_limit(config.max_rank, [artefact.summary.rank for artefact in known.values()]),
         kv_cache=arguments.kv_cache_line(args),
+        score_bytes=config.score_memory,
         unread=sum(name not in known and not given.settle for name, given in adapters.items()),
     )
     say(*box("memory plan", plan.lines()))
@@ -93,14 +94,15 @@ def run(config: ServeConfig) -> int:
         supervisor.announce_ready()
         say(*summary(args.host, args.port, registry, plan))
 
-    settings = DataPlaneSettings(adapter_bytes=plan.adapter_bytes, slots=SLOTS, max_rank=plan.max_rank)
+    settings = DataPlaneSettings(
+        adapter_bytes=plan.adapter_bytes, slots=SLOTS, max_rank=plan.max_rank, score_bytes=plan.score_bytes
+    )
+    made = composed_folder(config, base, args.port, cache)
     launch = Launch(
         base=served_name,
         prepare=read,
-        compose=functools.partial(
-            compose, base=base, cache=composed_folder(config, base, args.port, cache), max_rank=plan.max_rank
-        ),
-        draw=functools.partial(prepare_draw, cache=cache / "draws"),
+        compose=functools.partial(compose, base=base, cache=made, max_rank=plan.max_rank),
+        posteriors=Posteriors(made / "draws", max_rank=plan.max_rank),
         store=store,
         # What was just read is not read twice.
         adapters={name: replace(given, artefact=known.get(name)) for name, given in adapters.items()},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,8 +19,7 @@ from loramux.engine.reads import Reads
 from loramux.engine.uncertainty import Uncertainty
 from loramux.http import Services, attach
 from loramux.metrics import AdapterMetrics, RoutingMetrics, RoutingWatch, UncertaintyMetrics, instrument
-from loramux.registry import AdapterRegistry, Compose, Draw, Given, Prepare, Store
-from loramux.uncertainty.labels import tokenise
+from loramux.registry import AdapterRegistry, Compose, Given, Posteriors, Prepare, Store
 
 
 @dataclass
@@ -31,7 +29,7 @@ class Launch:
     base: str
     prepare: Prepare
     compose: Compose
-    draw: Draw
+    posteriors: Posteriors
     store: Store
     adapters: dict[str, Given]
     roots: tuple[Path, ...] = ()
@@ -60,7 +58,7 @@ class LoramuxPlugin:
             aliases=args.served_model_name[1:],
             prepare=launch.prepare,
             compose=launch.compose,
-            draw=launch.draw,
+            posteriors=launch.posteriors,
             data_plane=data_plane,
             observer=metrics,
             store=launch.store,
@@ -74,13 +72,15 @@ class LoramuxPlugin:
         routing = RoutingWatch(engine_client, RoutingMetrics(metrics.labels))
         instrument(engine_client, registry, metrics)
         reads = Reads(engine_client, await data_plane.score_rows())
-        Uncertainty(engine_client, registry, reads, UncertaintyMetrics(metrics.labels))
+        max_model_len = engine_client.model_config.max_model_len
+        observer = UncertaintyMetrics(metrics.labels)
+        Uncertainty(engine_client, registry, reads, observer, max_model_len=max_model_len)
         state.loramux = Services(
             registry=registry,
             base=launch.base,
-            max_model_len=engine_client.model_config.max_model_len,
+            max_model_len=max_model_len,
             pool_stats=data_plane.stats,
-            tokenise=functools.partial(tokenise, tokenizer=engine_client.renderer.tokenizer),
+            tokenizer=engine_client.renderer.tokenizer,
         )
         await registry.start(launch.adapters)
         loop = asyncio.get_running_loop()

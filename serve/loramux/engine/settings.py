@@ -6,11 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loramux import __version__
+from loramux.config import SCORE_MEMORY
 
 KEY = "loramux"
-
-#: 1365 tokens of a vocabulary of 49k at once, 523 of 128k.
-SCORE_BYTES = 256 * 2**20
 
 #: Attribute of a ModelRunnerOutput that names requests whose adapter was not resident: worker -> scheduler.
 MISSING = "loramux_missing"
@@ -23,7 +21,7 @@ class DataPlaneSettings:
     adapter_bytes: int  # weights of resident adapters
     slots: int  # resident adapters at most; a table row each
     max_rank: int  # largest rank of one module; sizes the scratch between shrink and expand
-    score_bytes: int = SCORE_BYTES  # probabilities that are summed over draws, see `scoring.py`
+    score_bytes: int = SCORE_MEMORY  # probabilities that are summed over draws, see `scoring.py`
 
     def as_config(self) -> dict[str, Any]:
         """For `additional_config`, which vLLM hashes into its compile-cache key.

@@ -1,6 +1,7 @@
 """Requests that ask for an uncertainty, carried out: a wrapper around one engine client's `generate`.
 
 score    the mean writes; the last output of each choice is held back until the draws have read it
+         (an answer that came with the request is only read)
 decide   nothing is written: the draws read the labels, and the most probable one is the answer
 sample   one call per draw, merged into one stream of choices (`fan_out`)
 fast     the mean writes, and the worker keeps the entropy that each token was chosen with (`entropies`)
@@ -46,8 +47,11 @@ class Observer(Protocol):
 class Uncertainty:
     """Replaces `generate` of one engine client, on the instance; outside of what takes leases there."""
 
-    def __init__(self, engine: Any, registry: AdapterRegistry, reads: Reads, observer: Observer) -> None:
+    def __init__(
+        self, engine: Any, registry: AdapterRegistry, reads: Reads, observer: Observer, *, max_model_len: int
+    ) -> None:
         self._inner: Generate = engine.generate
+        self._max_model_len = max_model_len
         self._registry = registry
         self._reads = reads
         self._observer = observer
@@ -74,7 +78,13 @@ class Uncertainty:
             )  # it may be another than was looked up
             answer = _Answer(self._inner, self._registry, self._reads, self._observer, asked, mean, prompt, params)
             modes = {Mode.SCORE: answer.score, Mode.DECIDE: answer.decide, Mode.SAMPLE: answer.sample}
-            carry_out = modes.get(asked.mode, answer.fast)
+            carry_out = modes.get(asked.mode, answer.fast) if asked.text is None else answer.given
+            longest = max((len(tokens) for tokens in (asked.given, *asked.labels)), default=0)
+            if longest and len(_tokens(prompt)) + longest > self._max_model_len:
+                raise InvalidRequest(
+                    f"Prompt and answer have more than the {self._max_model_len} tokens that this model takes.",
+                    hint="Shorten the prompt or the answer.",
+                )
             async with aclosing(carry_out(request_id, lora_request, options)) as outputs:
                 async for output in outputs:
                     yield output
@@ -140,24 +150,19 @@ class _Answer:
         asked.tokens += len(draws) * (len(prompt) + sum(len(label) - 1 for label in asked.labels))
         value, place = answers.decided(asked, self._posterior, logp)
         self._told(0, value, started)
-        choice = CompletionOutput(
-            index=0,
-            text=asked.ask.labels[place],
-            token_ids=list(asked.labels[place]),
-            cumulative_logprob=None,
-            logprobs=None,
-            finish_reason="stop",
-        )
-        yield RequestOutput(
-            request_id=request_id,
-            prompt=None,
-            prompt_token_ids=list(prompt),
-            prompt_logprobs=None,
-            outputs=[choice],
-            finished=True,
-            lora_request=lora_request,
-            num_cached_tokens=0,
-        )
+        yield _whole(request_id, prompt, asked.ask.labels[place], asked.labels[place], lora_request)
+
+    async def given(self, request_id: str, lora_request: Any, options: dict[str, Any]) -> Outputs:
+        """Read an answer that was written elsewhere; without draws, the adapter's own pass."""
+        asked, prompt, started = self._asked, _tokens(self._prompt), time.monotonic()
+        if asked.mode is Mode.SCORE:
+            await self._tell(0, prompt, asked.given)
+        else:
+            report = await self._reads.read([self._mean], prompt, asked.given, timeout_s=self._left(started))
+            entropies, logp = report.entropy[0].tolist(), report.logp[0, :, 0].tolist()
+            asked.tokens += len(prompt) + len(asked.given)
+            self._told(0, answers.fast(asked, self._posterior, entropies, logp), started)
+        yield _whole(request_id, prompt, asked.text or "", asked.given, lora_request)
 
     async def sample(self, request_id: str, lora_request: Any, options: dict[str, Any]) -> Outputs:
         asked, started = self._asked, time.monotonic()
@@ -259,6 +264,30 @@ def _tokens(prompt: Any) -> Sequence[int]:
         )
     tokens: Sequence[int] = prompt["prompt_token_ids"]
     return tokens
+
+
+def _whole(
+    request_id: str, prompt: Sequence[int], text: str, tokens: Sequence[int], lora_request: Any
+) -> RequestOutput:
+    """An answer that nothing wrote, as the engine gives one."""
+    choice = CompletionOutput(
+        index=0,
+        text=text,
+        token_ids=list(tokens),
+        cumulative_logprob=None,
+        logprobs=None,
+        finish_reason="stop",
+    )
+    return RequestOutput(
+        request_id=request_id,
+        prompt=None,
+        prompt_token_ids=list(prompt),
+        prompt_logprobs=None,
+        outputs=[choice],
+        finished=True,
+        lora_request=lora_request,
+        num_cached_tokens=0,
+    )
 
 
 def _too_late() -> UncertaintyTimeout:

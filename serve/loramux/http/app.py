@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class Services:
     base: str
     max_model_len: int
     pool_stats: Callable[[], Awaitable[dict[str, int]]]
-    tokenise: Callable[[Sequence[str]], tuple[tuple[int, ...], ...]]  # labels; raises InvalidRequest
+    tokenizer: Any  # the base model's, of Hugging Face's kind
 
 
 def attach(app: FastAPI) -> None:

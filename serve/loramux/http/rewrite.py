@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from loramux.http.asgi import Message, Send
+from loramux.http.asgi import Message, Send, with_length
 
 _EVENT = b"data: "
 #: Changes an answer's JSON object in place.
@@ -44,8 +44,7 @@ class Rewrite:
 
     async def _finish(self, start: Message) -> None:
         body = _changed(b"".join(self._parts), self._answer)
-        headers = [(key, value) for key, value in start["headers"] if key.lower() != b"content-length"]
-        await self._send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+        await self._send({**start, "headers": with_length(start["headers"], len(body))})
         await self._send({"type": "http.response.body", "body": body})
 
     def _line(self, line: bytes) -> bytes:

@@ -8,6 +8,7 @@ from loramux.http.error_shape import ErrorShape
 from loramux.http.model_access import ModelAccess
 from loramux.http.request_id import RequestId
 from loramux.http.routing import RoutingReport
+from loramux.http.scored import ScoredCompletion
 from loramux.http.uncertainty import UncertaintyReport
 
 MIDDLEWARE = (
@@ -16,6 +17,7 @@ MIDDLEWARE = (
     ErrorShape,
     Authentication,
     BodyLimit,
+    ScoredCompletion,
     ModelAccess,
     Composition,
     RoutingReport,

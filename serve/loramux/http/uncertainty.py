@@ -8,74 +8,87 @@ Each choice gets a field `uncertainty`, in a stream its chunk with the finish re
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loramux.errors import AdapterNotFound, InvalidRequest, LoramuxError
-from loramux.http.asgi import App, Receive, Scope, Send, read_body, replayed, route_path
+from loramux.http.asgi import Receive, Scope, Send, field_in, replayed, with_length
+from loramux.http.completions import OfCompletions
 from loramux.http.composition import answered_by
 from loramux.http.errors import refuse
 from loramux.http.rewrite import Rewrite
+from loramux.http.scored import is_scored
 from loramux.registry import AdapterRegistry, Version
-from loramux.uncertainty.ask import FIELD, MAX_SAMPLES, MIN_SAMPLES, SAMPLES, Ask, Mode, parse, resolve
+from loramux.registry.draws import MAX_SAMPLES, SAMPLES
+from loramux.uncertainty.ask import FIELD, MIN_SAMPLES, Ask, Mode, parse, resolve
 from loramux.uncertainty.exchange import Exchange, exchange
+from loramux.uncertainty.labels import tokenise
 
-_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+if TYPE_CHECKING:
+    from loramux.http.app import Services
 
 
-class UncertaintyReport:
+class UncertaintyReport(OfCompletions):
     """ASGI middleware inside `Composition`. Requests without the field pass untouched."""
 
-    def __init__(self, app: App) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or route_path(scope) not in _PATHS:
+    async def completion(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        scored = is_scored(scope)
+        request = json.loads(body) if scored else field_in(body, FIELD)
+        if request is None:
             await self.app(scope, receive, send)
             return
-        body = await read_body(receive)
-        if body is None:
-            return  # the client left
         try:
-            asked, body = await _asked(body, scope["app"])
+            services: Services = scope["app"].state.loramux
+            asked = await (_of_given if scored else _of_request)(request, services)
         except LoramuxError as error:
             await refuse(scope, send, error)
             return
-        receive = replayed(body, receive)
+        body = json.dumps(request).encode()
+        scope, receive = {**scope, "headers": with_length(scope["headers"], len(body))}, replayed(body, receive)
         if asked is None:
             await self.app(scope, receive, send)
             return
         token = exchange.set(asked)
         rewritten = Rewrite(send, answer=partial(_add_to_answer, asked), event=partial(_add_to_event, asked))
         try:
-            await self.app(_with_length(scope, len(body)), receive, rewritten)
+            await self.app(scope, receive, rewritten)
         finally:
             exchange.reset(token)
 
 
-async def _asked(body: bytes, app: Any) -> tuple[Exchange | None, bytes]:
-    """What the body asks for, and the body as vLLM is to see it. Raises LoramuxError."""
-    # Most requests are not parsed twice. Escapes and other encodings may hide the field from a search.
-    if not (b'"uncertainty"' in body or b"\\u00" in body or b"\0" in body):
-        return None, body
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError):
-        return None, body
-    if not isinstance(request, dict) or FIELD not in request:
-        return None, body
+async def _of_request(request: dict[str, Any], services: Services) -> Exchange | None:
+    """What a request asks for, which is made what vLLM is to see. Raises LoramuxError."""
     ask = parse(request.pop(FIELD))
-    if ask is None:
-        return None, json.dumps(request).encode()
-    services = app.state.loramux
+    return None if ask is None else await _prepared(request, ask, services)
+
+
+async def _of_given(request: dict[str, Any], services: Services) -> Exchange:
+    """The same for an answer that comes with the request (`scored.py`)."""
+    text, ask = request.pop("completion"), parse(request.pop(FIELD, True))
+    if ask is None or ask.mode not in (None, Mode.SCORE, Mode.FAST):
+        raise InvalidRequest(
+            "An answer can be scored, or read fast.", hint='Send "mode": "score".', param=f"{FIELD}.mode"
+        )
+    asked = await _prepared(request, ask, services)
+    asked.text, asked.given = text, tuple(services.tokenizer.encode(text, add_special_tokens=False))
+    request["max_tokens"] = 1  # none is written, but room for one is asked for
+    return asked
+
+
+async def _prepared(request: dict[str, Any], ask: Ask, services: Services) -> Exchange:
+    """The exchange of a request, which is made what vLLM has to carry out. Raises LoramuxError."""
     version = await _version(request, services.registry)
     mode = resolve(ask, bayesian=version is not None and version.bayesian)
-    asked = _checked(request, ask, mode)
+    if mode is Mode.SAMPLE:
+        ask = _as_choices(request, ask)
+    samples = ask.samples or SAMPLES
     if version is not None and version.bayesian and mode is not Mode.FAST:
-        services.registry.check_room(version, asked.samples)
+        samples = await services.registry.samples(version, ask.samples)
+    asked = _checked(request, ask, mode, samples)
     if mode is Mode.DECIDE:
-        asked.labels = services.tokenise(ask.labels)
-    return asked, json.dumps(request).encode()
+        asked.labels = tokenise(ask.labels, services.tokenizer)
+    return asked
 
 
 async def _version(request: dict[str, Any], registry: AdapterRegistry) -> Version | None:
@@ -91,21 +104,26 @@ async def _version(request: dict[str, Any], registry: AdapterRegistry) -> Versio
         return None
 
 
-def _checked(request: dict[str, Any], ask: Ask, mode: Mode) -> Exchange:
+def _as_choices(request: dict[str, Any], ask: Ask) -> Ask:
+    """Samples are choices: whichever of the two numbers is given. Raises InvalidRequest if both are, and differ."""
+    n = request.get("n")
+    if n in (None, 1):
+        return ask
+    if type(n) is not int or not MIN_SAMPLES <= n <= MAX_SAMPLES or ask.samples not in (None, n):
+        raise _conflict("n", f"as many choices as samples, {MIN_SAMPLES} to {MAX_SAMPLES}", "Leave `n` out.")
+    return replace(ask, samples=n)
+
+
+def _checked(request: dict[str, Any], ask: Ask, mode: Mode, samples: int) -> Exchange:
     """The exchange, with `request` made what vLLM has to carry out. Raises InvalidRequest for what cannot be both."""
-    prompt, n = request.get("prompt"), request.get("n")
+    prompt = request.get("prompt")
     if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
         raise _conflict("prompt", "one prompt", "Send one request per prompt.")
     if request.get("use_beam_search"):
         raise _conflict("use_beam_search", "answers that are written one token at a time", "Leave it out.")
-    asked = Exchange(ask, mode, ask.samples or SAMPLES)
+    asked = Exchange(ask, mode, samples)
     if mode is Mode.SAMPLE:
-        if n in (None, 1):
-            n = asked.samples
-        asked.samples = n if ask.samples is None else ask.samples
-        if n != asked.samples or not isinstance(n, int) or not MIN_SAMPLES <= n <= MAX_SAMPLES:
-            raise _conflict("n", f"as many choices as samples, {MIN_SAMPLES} to {MAX_SAMPLES}", "Leave `n` out.")
-        request["n"] = n
+        request["n"] = samples
         if request.get("temperature") == 0:  # vLLM takes that for n equal answers; here each is another draw's
             request["temperature"], asked.greedy = 1.0, True
     elif mode is Mode.DECIDE:
@@ -144,8 +162,3 @@ def _add_usage(asked: Exchange, answer: dict[str, Any]) -> None:
     """What the draws read is not in the prompt's tokens, nor in the answer's."""
     if isinstance(usage := answer.get("usage"), dict):
         usage["uncertainty_tokens"] = asked.tokens
-
-
-def _with_length(scope: Scope, length: int) -> Scope:
-    others = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
-    return {**scope, "headers": [*others, (b"content-length", str(length).encode())]}

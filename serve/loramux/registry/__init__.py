@@ -6,12 +6,14 @@ reader      source to artefact                       residency   artefact to dev
 store       what outlives the server                 startup     what there is at the start
 compositions  sums and mixtures that requests ask for
 draws       draws from posteriors                made        what both have in common
+posteriors  what draws are made with
 """
 
 from loramux.registry.changes import Condition
 from loramux.registry.compositions import Held, Share
 from loramux.registry.entry import Adapter, State, Version
-from loramux.registry.protocols import Compose, DataPlane, Draw, Observer, Prepare
+from loramux.registry.posteriors import Posteriors
+from loramux.registry.protocols import Compose, DataPlane, Observer, Prepare
 from loramux.registry.reader import read_source
 from loramux.registry.registry import AdapterRegistry
 from loramux.registry.startup import Given
@@ -27,6 +29,7 @@ __all__ = [
     "Given",
     "Held",
     "Observer",
+    "Posteriors",
     "Prepare",
     "Share",
     "State",

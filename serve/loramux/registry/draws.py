@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
-from loramux.errors import AdapterRefused, DrawsDoNotFit
+from loramux.errors import AdapterRefused, DrawsDoNotFit, InvalidRequest
 from loramux.registry.entry import Version
+from loramux.registry.failures import as_loramux_error
 from loramux.registry.made import Made
-from loramux.registry.protocols import Draw
+from loramux.registry.protocols import Posteriors
 from loramux.registry.tasks import all_of
 from loramux.units import format_bytes
-from loramux_adapters import AdapterCorrupt, AdapterError, AdapterNotFound, Artefact
+from loramux_adapters import AdapterCorrupt, AdapterError, AdapterNotFound, Artefact, Posterior
 
 if TYPE_CHECKING:
     from loramux.registry.changes import Changes
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 DRAWN = "+drawn"
 #: More are forgotten, least recently used first, with their artefacts.
 KEPT = 256
+
+#: Draws of a request that does not say how many, and the most it may ask for.
+SAMPLES, MAX_SAMPLES = 8, 64
+_DESCRIBED = 1024
 
 Key = tuple[str, int, int]  # digest of the mean, seed, sample
 Lease = Callable[[Version], Awaitable[None]]
@@ -37,13 +42,14 @@ class Draws:
     """
 
     def __init__(
-        self, draw: Draw, changes: Changes, residency: Residency, *, capacity_bytes: int, kept: int = KEPT
+        self, posteriors: Posteriors, changes: Changes, residency: Residency, *, capacity_bytes: int, kept: int = KEPT
     ) -> None:
-        self._draw = draw
+        self._made: Made[Key] = Made(residency, kept=kept)
+        self._posteriors = posteriors
+        self._described: dict[str, Posterior] = {}  # by digest, the last that were asked for
         self._changes = changes
         self._residency = residency
         self._capacity_bytes = capacity_bytes
-        self._made: Made[Key] = Made(residency, kept=kept)
         # One set at a time: two that each hold half of what they need would wait for each other.
         self._turn = asyncio.Lock()
 
@@ -54,14 +60,50 @@ class Draws:
         """The version of this tag."""
         return self._made.find(tag)
 
-    def check_room(self, mean: Version, samples: int) -> None:
-        """Raises DrawsDoNotFit if that many draws could not lie on the device beside their mean, which does."""
+    async def samples(self, mean: Version, asked: int | None) -> int:
+        """See `AdapterRegistry.samples`."""
+        posterior = await self._describe(mean)
+        most = MAX_SAMPLES if posterior.samples is None else posterior.samples
+        if asked is not None and asked > most:
+            raise InvalidRequest(
+                f"{mean.name!r} has {most} different draws: {posterior.family}.",
+                hint=f'Send "samples": {most} or fewer.',
+                param="uncertainty.samples",
+            )
+        samples = min(SAMPLES, most) if asked is None else asked
+        self._check_room(mean, posterior, samples)
+        return samples
+
+    async def _describe(self, mean: Version) -> Posterior:
+        assert mean.artefact is not None
+        digest = mean.artefact.digest
+        if (found := self._described.pop(digest, None)) is None:
+            try:
+                found = await asyncio.to_thread(self._posteriors.describe, mean.artefact)
+            except (AdapterError, OSError) as error:
+                raise as_loramux_error(error, mean.source) from None
+            assert found is not None
+        self._described[digest] = found
+        while len(self._described) > _DESCRIBED:
+            del self._described[next(iter(self._described))]
+        return found
+
+    def _check_room(self, mean: Version, posterior: Posterior, samples: int) -> None:
+        assert mean.artefact is not None
+        if posterior.draw_rank > self._posteriors.max_rank:
+            raise DrawsDoNotFit(
+                f"A draw of {mean.name!r} has rank {posterior.draw_rank}; the largest that is served is "
+                f"{self._posteriors.max_rank}.",
+                hint=f"Restart the server with --max-lora-rank {posterior.draw_rank}.",
+                param="uncertainty",
+            )
         size = mean.resident_bytes
-        if size and (samples + 1) * size > self._capacity_bytes:
-            most = self._capacity_bytes // size - 1
+        draw = size * posterior.draw_bytes / max(mean.artefact.summary.nbytes, 1)  # in the pool's dtype, as the mean
+        if draw and samples * draw + size > self._capacity_bytes:
+            most = int((self._capacity_bytes - size) / draw)
             less = f'Send "samples": {most} or fewer, or restart' if most >= 2 else "Restart"
             raise DrawsDoNotFit(
-                f"{samples} draws of {mean.name!r} and their mean need {format_bytes((samples + 1) * size)}, adapter "
+                f"{samples} draws of {mean.name!r} and their mean need {format_bytes(samples * draw + size)}, adapter "
                 f"memory is {format_bytes(self._capacity_bytes)}.",
                 hint=f"{less} the server with a larger --adapter-memory.",
                 param="uncertainty.samples",
@@ -89,7 +131,7 @@ class Draws:
     def _new(self, artefact: Artefact, seed: int, sample: int) -> Version:
         def make() -> Artefact:
             try:
-                return self._draw(artefact, seed=seed, sample=sample)
+                return self._posteriors.draw(artefact, seed=seed, sample=sample)
             except (AdapterCorrupt, AdapterNotFound):
                 raise AdapterRefused(
                     "The prepared form of the adapter is lost or damaged.",

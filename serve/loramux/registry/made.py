@@ -32,15 +32,15 @@ class Made(Generic[Key]):
         return len(self._versions)
 
     def find(self, tag: str) -> Version | None:
-        """The version of this tag; of several with the same content, one that is on the device or held, if any is."""
-        found = [(key, version) for key, version in self._versions.items() if version.tag == tag]
-        found.sort(key=lambda one: (one[1].state is State.RESIDENT, self._users[one[0]] > 0))
-        return found[-1][1] if found else None
+        """The version of this tag. Of those with the same content one on the device, else one that a request holds."""
+        twins = [(key, version) for key, version in self._versions.items() if version.tag == tag]
+        best = max(twins, key=lambda twin: (twin[1].state is State.RESIDENT, self._users[twin[0]] > 0), default=None)
+        return None if best is None else best[1]
 
     @contextmanager
     def held(self, key: Key, new: Callable[[], Version]) -> Iterator[Version]:
         """The version of this key; it is not forgotten meanwhile."""
-        version = self._versions.pop(key, None) or new()
+        version = self._versions.pop(key) if key in self._versions else new()
         self._versions[key] = version
         self._users[key] += 1
         try:
@@ -52,18 +52,20 @@ class Made(Generic[Key]):
             self._clean()
 
     def _clean(self) -> None:
+        """Forget what failed, so that it is tried again, and what is too much."""
         for key in self._idle():
             if self._versions[key].state is State.FAILED:
-                self._forget(self._versions.pop(key))
+                self._forget(key)
         for key in self._idle()[: max(0, len(self._versions) - self._kept)]:
-            self._forget(self._versions.pop(key))
+            self._forget(key)
 
     def _idle(self) -> list[Key]:
         return [key for key, version in self._versions.items() if not self._users[key] and not version.busy]
 
-    def _forget(self, version: Version) -> None:
+    def _forget(self, key: Key) -> None:
+        version = self._versions.pop(key)
         version.retire()
         self._residency.drain(version)
-        if version.artefact is not None and not any(v.tag == version.tag for v in self._versions.values()):
+        if version.artefact is not None and self.find(version.tag) is None:
             with suppress(OSError):
                 version.artefact.path.unlink(missing_ok=True)

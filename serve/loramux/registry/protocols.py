@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from loramux_adapters import Artefact
+from loramux_adapters import Artefact, Posterior
 from loramux_adapters.compose.prepared import Part, Router
 
 if TYPE_CHECKING:
@@ -27,11 +27,16 @@ class Compose(Protocol):
         """Raises AdapterError, or OSError for the cache."""
 
 
-class Draw(Protocol):
-    """Makes one draw from the posterior of a prepared adapter; runs in a worker thread."""
+class Posteriors(Protocol):
+    """Of prepared Bayesian adapters; both methods run in worker threads, and raise AdapterError or OSError."""
 
-    def __call__(self, artefact: Artefact, *, seed: int, sample: int) -> Artefact:
-        """Raises AdapterError, or OSError for the cache."""
+    max_rank: int  # the largest that is served
+
+    def describe(self, artefact: Artefact) -> Posterior | None:
+        """What its posterior is; None if it has none."""
+
+    def draw(self, artefact: Artefact, *, seed: int, sample: int) -> Artefact:
+        """One draw from it."""
 
 
 class DataPlane(Protocol):

@@ -13,7 +13,7 @@ from loramux.registry.changes import Changes, Condition, always
 from loramux.registry.compositions import COMPOSED, Compositions, Held, Share
 from loramux.registry.draws import DRAWN, Draws
 from loramux.registry.entry import Adapter, State, Version
-from loramux.registry.protocols import Compose, DataPlane, Draw, Observer, Prepare
+from loramux.registry.protocols import Compose, DataPlane, Observer, Posteriors, Prepare
 from loramux.registry.reader import Reader
 from loramux.registry.residency import Residency
 from loramux.registry.sources import Roots
@@ -32,7 +32,7 @@ class AdapterRegistry:
         base: str,
         prepare: Prepare,
         compose: Compose,
-        draw: Draw,
+        posteriors: Posteriors,
         data_plane: DataPlane,
         observer: Observer,
         store: Store,
@@ -55,7 +55,7 @@ class AdapterRegistry:
             self._catalogue, self._reader, self._residency, store, observer, self._tasks, patience_s=patience_s
         )
         self._compositions = Compositions(compose, self._changes, self._residency)
-        self._draws = Draws(draw, self._changes, self._residency, capacity_bytes=capacity_bytes)
+        self._draws = Draws(posteriors, self._changes, self._residency, capacity_bytes=capacity_bytes)
         self._startup = Startup(self._catalogue, self._changes, self._reader, self._residency, store)
 
     # -- what there is
@@ -150,9 +150,12 @@ class AdapterRegistry:
             await self._enter(lambda: held.version, self._residency.recall, deadline)
             yield held
 
-    def check_room(self, version: Version, samples: int) -> None:
-        """Raises DrawsDoNotFit if so many draws of a resident version can never lie on the device with it."""
-        self._draws.check_room(version, samples)
+    async def samples(self, version: Version, asked: int | None) -> int:
+        """How many draws of a resident version a request gets, which asks for so many or does not say.
+
+        Raises InvalidRequest for more than there are, DrawsDoNotFit for more than can lie on the device with it.
+        """
+        return await self._draws.samples(version, asked)
 
     @asynccontextmanager
     async def drawn(self, version: Version, *, seed: int, samples: int) -> AsyncIterator[list[Version]]:

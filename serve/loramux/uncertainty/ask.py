@@ -23,10 +23,11 @@ from enum import StrEnum
 from typing import Any
 
 from loramux.errors import AdapterNotBayesian, InvalidRequest
+from loramux.registry.draws import MAX_SAMPLES
 from loramux.uncertainty.scores import FAST_SCORES, LABEL_SCORES, SEQUENCE_SCORES
 
 FIELD = "uncertainty"
-MIN_SAMPLES, SAMPLES, MAX_SAMPLES = 2, 8, 64
+MIN_SAMPLES = 2
 MAX_LABELS = 64
 _LONGEST_LABEL = 256
 _MAX_TIMEOUT_MS = 600_000

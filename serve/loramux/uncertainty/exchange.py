@@ -17,6 +17,8 @@ class Exchange:
     mode: Mode
     samples: int
     labels: tuple[tuple[int, ...], ...] = ()  # tokens of the ask's labels
+    text: str | None = None  # an answer that was written elsewhere, to be scored
+    given: tuple[int, ...] = ()  # its tokens
     greedy: bool = False  # the draws of `sample` write their most probable tokens
     choices: dict[int, dict[str, Any]] = field(default_factory=dict)  # the field `uncertainty` of each
     tokens: int = 0  # read beyond those of the answer itself

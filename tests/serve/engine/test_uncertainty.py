@@ -122,7 +122,7 @@ class Bench:
             first_token=lambda *_: None, queued=lambda *_: None,
         )  # fmt: skip
         instrument(self.engine, self.world.registry, metrics)
-        Uncertainty(self.engine, self.world.registry, self.reads, self.observer)  # type: ignore[arg-type]
+        Uncertainty(self.engine, self.world.registry, self.reads, self.observer, max_model_len=20)  # type: ignore[arg-type]
         self.outputs: list[Any] = []
 
     async def load(self, name: str, *, bayesian: bool = True) -> Version:
@@ -175,7 +175,7 @@ async def test_who_does_not_ask_is_not_touched(bench: Bench) -> None:
     version = await bench.load("a")
     stream = bench.engine.generate(PROMPT, SamplingParams(), "r", lora_request=lora_request(version))
     assert len([output async for output in stream]) == 1
-    assert not bench.reads.asked and not bench.world.draw.made and idle(bench)
+    assert not bench.reads.asked and not bench.world.posteriors.made and idle(bench)
 
 
 @pytest.mark.parametrize("kind", [DELTA, FINAL])
@@ -257,7 +257,7 @@ async def test_the_version_is_one_from_beginning_to_end(bench: Bench) -> None:
     bench.reads.gate.set()
     await task
     assert version.artefact is not None
-    assert {digest for digest, _, _ in bench.world.draw.made} == {version.artefact.digest} and idle(bench)
+    assert {digest for digest, _, _ in bench.world.posteriors.made} == {version.artefact.digest} and idle(bench)
 
 
 async def test_who_leaves_holds_nothing(bench: Bench) -> None:
@@ -310,7 +310,7 @@ async def test_one_set_of_weights_decides_without_doubting_itself(bench: Bench) 
         value = asked.choices[0]
         assert value["epistemic"] is None and value["samples"] == 0 and value["posterior"] is None
         assert bench.reads.asked[-1][0] == [version] and not value["partial"]
-    assert not bench.world.draw.made and idle(bench)
+    assert not bench.world.posteriors.made and idle(bench)
 
 
 @pytest.mark.parametrize("kind", [DELTA, FINAL])
@@ -374,3 +374,28 @@ async def test_what_is_more_than_tokens_is_refused(bench: Bench, prompt: Any) ->
         with pytest.raises(InvalidRequest):
             await bench.ask(version, mode, prompt=prompt)
     assert idle(bench)
+
+
+async def test_an_answer_that_was_written_elsewhere(bench: Bench) -> None:
+    version = await bench.load("a")
+    given = {"text": "xy", "given": (7, 8)}
+    asked = await bench.ask(version, fields=given)
+    assert bench.reads.asked[-1][1:] == ([1, 2, 3], [7, 8]) and len(bench.reads.asked[-1][0]) == 4
+    assert asked.choices[0]["epistemic"] is not None and not bench.engine.calls
+    (output,) = bench.outputs
+    assert output.outputs[0].text == "xy" and output.outputs[0].finish_reason == "stop" and output.finished
+    for plain in (None, await bench.load("plain", bayesian=False)):
+        asked = await bench.ask(plain, Mode.FAST, fields=given)
+        assert bench.reads.asked[-1] == ([plain], [1, 2, 3], [7, 8])
+        assert asked.choices[0]["total"] == 0.5 and asked.choices[0]["nll_ln"] == pytest.approx(0.1)
+    assert idle(bench)
+
+
+@pytest.mark.parametrize(
+    ("mode", "fields"),
+    [(Mode.SCORE, {"text": "x", "given": (7,) * 18}), (Mode.DECIDE, {"labels": ((5,), (6,) * 18)})],
+)
+async def test_what_the_model_has_no_room_for(bench: Bench, mode: Mode, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="20 tokens"):
+        await bench.ask(await bench.load("a"), mode, labels=("x", "y"), fields=fields)
+    assert not bench.reads.asked and idle(bench)

@@ -67,7 +67,7 @@ async def serving(folder: Path) -> AsyncIterator[Server]:
         async def stats() -> dict[str, int]:
             return server.stats
 
-        app.state.loramux = Services(world.registry, BASE, 4096, stats, lambda labels: ())
+        app.state.loramux = Services(world.registry, BASE, 4096, stats, None)
         yield server
 
 

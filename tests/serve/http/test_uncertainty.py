@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +13,8 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from loramux.errors import InvalidRequest
 from loramux.http.composition import Composed, answered_by
+from loramux.http.scored import ScoredCompletion
 from loramux.http.uncertainty import UncertaintyReport
 from loramux.uncertainty.ask import Mode
 from loramux.uncertainty.exchange import Exchange, exchange
@@ -31,10 +31,12 @@ class Server:
     def __init__(self, world: World) -> None:
         self.world = world
         self.seen: list[tuple[dict[str, Any], Exchange | None]] = []
+        self.paths: list[str] = []
         self.lengths: list[tuple[int, int]] = []
         app = FastAPI()
         app.add_middleware(UncertaintyReport)
-        app.state.loramux = SimpleNamespace(registry=world.registry, tokenise=tokenise)
+        app.add_middleware(ScoredCompletion)
+        app.state.loramux = SimpleNamespace(registry=world.registry, tokenizer=Tokenizer())
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
             app.add_api_route(path, self.route, methods=["POST"])
         self.app = app
@@ -42,6 +44,7 @@ class Server:
     async def route(self, request: Request) -> Any:
         raw = await request.body()
         self.lengths.append((int(request.headers["content-length"]), len(raw)))
+        self.paths.append(request.url.path)
         body, asked = json.loads(raw), exchange.get()
         self.seen.append((body, asked))
         if body.get("model") == "broken":
@@ -79,10 +82,16 @@ class Server:
         return found
 
 
-def tokenise(labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    if "?" in labels:
-        raise InvalidRequest("The label '?' is none.", hint="Use another.", param="uncertainty.labels[1]")
-    return tuple((len(label),) for label in labels)
+class Tokenizer:
+    """A token a letter."""
+
+    unk_token_id = ord("?")
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [*map(ord, text)]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
 
 
 @pytest.fixture
@@ -163,8 +172,8 @@ async def test_a_sum_is_what_it_is_made_of(server: Server) -> None:
 
 
 async def test_labels_are_tokens_for_the_engine(server: Server) -> None:
-    await server.ask({"mode": "decide", "labels": ["yes", "no"]})
-    assert server.asked.labels == ((3,), (2,)) and server.asked.samples == 8
+    await server.ask({"mode": "decide", "labels": ["a", "no"]})
+    assert server.asked.labels == ((97,), (110, 111)) and server.asked.samples == 8
     answer = await server.ask({"mode": "decide", "labels": ["yes", "?"]})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "uncertainty.labels[1]"
 
@@ -221,3 +230,51 @@ async def test_a_prompt_of_tokens_is_one(server: Server) -> None:
     assert (
         await server.post({"model": "bayes", "prompt": [1, 2, 3], "uncertainty": True}, "/v1/completions")
     ).is_success
+
+
+SCORE = "/v1/uncertainty/score"
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [({"messages": []}, "/v1/chat/completions"), ({"prompt": "Why?"}, "/v1/completions")],
+)
+async def test_an_answer_that_was_written_elsewhere(server: Server, body: dict[str, Any], path: str) -> None:
+    sent = {"model": "bayes", "completion": "ab", "uncertainty": {"samples": 4}, **body}
+    answer = await server.post(sent, SCORE)
+    assert answer.json()["choices"][0]["uncertainty"] == TOLD | {"index": 0}
+    seen, asked = server.seen[-1]
+    assert seen == {"model": "bayes", "max_tokens": 1, **body} and server.paths[-1] == path
+    assert asked is not None and (asked.text, asked.given, asked.samples) == ("ab", (97, 98), 4)
+    del sent["uncertainty"]
+    await server.post({**sent, "model": "plain"}, SCORE)
+    assert server.asked.mode is Mode.FAST
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"completion": None}, "completion"),
+        ({"completion": ""}, "completion"),
+        ({"completion": ["a"]}, "completion"),
+        ({"messages": []}, "messages"),  # beside a prompt
+        ({"stream": True}, "stream"),
+        ({"n": 2}, "n"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"echo": True}, "echo"),
+        ({"uncertainty": {"mode": "sample"}}, "uncertainty.mode"),
+        ({"uncertainty": {"mode": "decide", "labels": ["a", "b"]}}, "uncertainty.mode"),
+        ({"uncertainty": {"mode": "off"}}, "uncertainty.mode"),
+        ({"uncertainty": {"samples": 1}}, "uncertainty.samples"),
+        ({"prompt": ["one", "two"]}, "prompt"),
+    ],
+)
+async def test_answers_that_cannot_be_scored(server: Server, change: dict[str, Any], param: str) -> None:
+    answer = await server.post({"model": "bayes", "prompt": "Why?", "completion": "ab", **change}, SCORE)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param and answer.json()["error"]["hint"]
+    assert not server.seen
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"no json", b"[" * 10**5])
+async def test_bodies_that_are_none(server: Server, body: bytes) -> None:
+    assert (await server.post(body, SCORE)).status_code == 400

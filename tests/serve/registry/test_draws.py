@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from loramux.errors import AdapterRefused, DrawsDoNotFit, LoramuxError, PoolExhausted
+from loramux.errors import AdapterRefused, DrawsDoNotFit, InvalidRequest, LoramuxError, PoolExhausted
 from loramux.registry import State, Version
-from loramux.registry.draws import DRAWN, KEPT
+from loramux.registry.draws import DRAWN, KEPT, SAMPLES
 from loramux_adapters import AdapterCorrupt, AdapterNotFinite
 
-from ..fakes import FakeDraw, World
+from ..fakes import FakePosteriors, World
 
 SIZE = 1000  # of an adapter, and so of its draws
 
@@ -43,7 +43,7 @@ async def test_requests_share_the_draws_of_a_version() -> None:
     sets = await asyncio.gather(*(drawn(world, samples=samples) for samples in (4, 2, 8)))
     assert sets[0] == sets[2][:4] and sets[1] == sets[2][:2]
     digest = world.current("a").artefact.digest  # type: ignore[union-attr]
-    assert sorted(world.draw.made) == [(digest, 0, sample) for sample in range(8)]
+    assert sorted(world.posteriors.made) == [(digest, 0, sample) for sample in range(8)]
     assert len({version.tag for version in sets[2]}) == 8 and idle(sets[2])
     assert all(version.tag.startswith(f"{DRAWN}@") for version in sets[2])
     assert DRAWN not in world.registry.adapters() and world.registry.lookup(sets[2][0].tag) is None
@@ -82,23 +82,59 @@ async def test_two_adapters_draws_take_turns_where_both_do_not_fit() -> None:
 
 async def test_equal_draws_are_found_where_they_are() -> None:
     world = World()
-    world.draw.same = True
+    world.posteriors.same = True
     await world.load("a")
     versions = await drawn(world)
     assert len({version.tag for version in versions}) == 1 and len(set(versions)) == 4
 
 
+async def test_how_many_draws_a_request_gets() -> None:
+    world = World(capacity=100 * SIZE)
+    mean = await world.load("a")
+    assert [await world.registry.samples(mean, asked) for asked in (None, 2, 64)] == [SAMPLES, 2, 64]
+    world.posteriors.samples = 5  # an ensemble
+    other = await world.load("b")
+    assert [await world.registry.samples(other, asked) for asked in (None, 5)] == [5, 5]
+    with pytest.raises(InvalidRequest) as error:
+        await world.registry.samples(other, 6)
+    assert error.value.param == "uncertainty.samples" and "5 or fewer" in (error.value.hint or "")
+    assert len(world.posteriors.described) == 2  # each posterior is read once
+
+
 async def test_what_can_never_fit_is_said_with_what_would() -> None:
     world = World(capacity=6 * SIZE)
     mean = await world.load("a")
-    world.registry.check_room(mean, 5)
+    assert await world.registry.samples(mean, 5) == 5
     with pytest.raises(DrawsDoNotFit) as error:
-        world.registry.check_room(mean, 6)
+        await world.registry.samples(mean, 6)
     assert '"samples": 5 or fewer' in (error.value.hint or "")
     world = World(capacity=2 * SIZE)
     with pytest.raises(DrawsDoNotFit) as error:
-        world.registry.check_room(await world.load("a"), 2)
+        await world.registry.samples(await world.load("a"), 2)
     assert "samples" not in (error.value.hint or "")
+
+
+async def test_draws_larger_than_their_mean() -> None:
+    world = World(capacity=9 * SIZE)
+    world.posteriors.growth = 2
+    mean = await world.load("a")
+    assert await world.registry.samples(mean, 4) == 4
+    with pytest.raises(DrawsDoNotFit):
+        await world.registry.samples(mean, 5)
+    world.posteriors.rank = 17
+    with pytest.raises(DrawsDoNotFit) as error:
+        await world.registry.samples(await world.load("b"), 2)
+    assert "--max-lora-rank 17" in (error.value.hint or "")
+
+
+async def test_a_posterior_that_cannot_be_read() -> None:
+    world = World()
+    mean = await world.load("a")
+    world.posteriors.error = AdapterCorrupt("It is damaged.", hint="")
+    with pytest.raises(LoramuxError):
+        await world.registry.samples(mean, 2)
+    world.posteriors.error = None
+    assert await world.registry.samples(mean, 2) == 2
 
 
 async def test_room_that_others_pin_is_missing() -> None:
@@ -123,12 +159,12 @@ async def test_room_that_others_pin_is_missing() -> None:
 async def test_a_draw_that_cannot_be_made_is_an_error_and_is_tried_again(error: Exception, code: str | None) -> None:
     world = World()
     await world.load("a")
-    world.draw.error = error
+    world.posteriors.error = error
     with pytest.raises(LoramuxError) as raised:
         await drawn(world)
     if code is not None:
         assert isinstance(raised.value, AdapterRefused) and raised.value.code == code
-    world.draw.error = None
+    world.posteriors.error = None
     assert idle(await drawn(world))
 
 
@@ -146,7 +182,7 @@ async def test_who_leaves_while_draws_load_holds_nothing() -> None:
 
 
 async def test_few_are_kept(tmp_path: Path) -> None:
-    world = World(draw=FakeDraw(tmp_path), capacity=10**9)
+    world = World(posteriors=FakePosteriors(tmp_path), capacity=10**9)
     await world.load("a")
     for seed in range(KEPT // 8 + 2):
         await drawn(world, samples=8, seed=seed)
