@@ -11,6 +11,9 @@ g = softmax(W x), or its two largest, renormalised.
 float32: greedy tokens equal, |Δ logprob| < 1e-3. bfloat16: the same tokens are scored by a float32 reference;
 adapted rows may deviate from it no more than twice as far as the base rows of the same batch do, whose deviation is
 bfloat16's own.
+
+In float32 one answer is also read under every adapter, as draws read it, and entropies are kept of answers that are
+written: both within 1e-4 nats of the reference over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -183,6 +186,67 @@ class Reference:
                 handle.remove()
 
 
+def check_reads(llm: Any, reference: Reference, requests: dict[str | None, Any], sources: dict[str, Path]) -> int:
+    """What `engine/scoring.py` and `engine/entropies.py` read, against the reference; the number of failures."""
+    from vllm import SamplingParams
+
+    from loramux.uncertainty import ENTROPY_KEY, READ_KEY
+
+    generator = torch.Generator().manual_seed(2)
+    prompt = torch.randint(0, VOCAB, (150,), generator=generator).tolist()
+    names: list[str | None] = [None, *sources]
+    tagged = [SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False) for _ in names]
+    for i, params in enumerate(tagged):
+        params.extra_args = {ENTROPY_KEY: str(i)}
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for _ in names], tagged, lora_request=[requests[n] for n in names], use_tqdm=False
+    )
+    worst = 0.0
+    for i, (name, output) in enumerate(zip(names, outputs, strict=True)):
+        logp = reference.logprobs(prompt, list(output.outputs[0].token_ids), sources[name] if name else None).double()
+        entropies = torch.tensor(llm.collective_rpc("loramux_entropies", args=(str(i),))[0], dtype=torch.float64)
+        worst = max(worst, float((entropies - torch.special.entr(logp.exp()).sum(-1)).abs().max()))
+    say(f"{'OK  ' if worst < 1e-4 else 'FAIL'} entropies of {len(names)} answers: {worst:.2e}")
+    failures = int(not worst < 1e-4)
+
+    answer = torch.randint(0, VOCAB, (200,), generator=generator).tolist()
+    spec = {"job": "read", "draws": len(names), "first": len(prompt) - 1, "full": True}
+    spec["targets"] = [[token] for token in answer]
+    reads = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=1,
+            detokenize=False,
+            skip_reading_prefix_cache=True,
+            extra_args={READ_KEY: spec | {"draw": draw}},
+        )
+        for draw in range(len(names))
+    ]
+    # Somebody else decodes beside them.
+    llm.generate(
+        [{"prompt_token_ids": prompt}, *({"prompt_token_ids": prompt + answer[:-1]} for _ in names)],
+        [SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False), *reads],
+        lora_request=[None, *(requests[name] for name in names)],
+        use_tqdm=False,
+    )
+    report = llm.collective_rpc("loramux_scores", args=("read",))[0]
+    logp = torch.stack([reference.logprobs(prompt, answer, sources[n] if n else None) for n in names]).double()
+    p = logp.exp()
+    expected = {
+        "logp": logp.gather(2, torch.tensor(answer)[None, :, None].expand(len(names), -1, 1)),
+        "entropy": torch.special.entr(p).sum(-1),
+        "total": torch.special.entr(p.mean(0)).sum(-1),
+    }
+    for field, values in expected.items():
+        gap = float((torch.tensor(report[field], dtype=torch.float64) - values).abs().max())
+        bound = 1e-3 if field == "logp" else 1e-4
+        good = report["error"] is None and gap < bound
+        failures += not good
+        say(f"{'OK  ' if good else 'FAIL'} {field} under {len(names)} adapters: {gap:.2e}")
+    llm.collective_rpc("loramux_drop_scores", args=("read",))
+    return failures
+
+
 def main(dtype_name: str) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, dtype_name)
@@ -284,6 +348,9 @@ def main(dtype_name: str) -> int:
         bad = [name for name, gap in worst.items() if name and gap > 2 * worst[None] + 1e-3]
         failures += len(bad)
         say(f"{'FAIL' if bad else 'OK  '} adapted rows within twice the base rows' own rounding: {not bad} {bad}")
+
+    if dtype is torch.float32:
+        failures += check_reads(llm, reference, requests, sources)
 
     # The same batch shape with and without adapters beside the base rows.
     plain = generate(everyone, [None] * len(who))

@@ -71,7 +71,8 @@ class LoramuxPlugin:
         EngineDirectory(state.openai_serving_models, registry)
         routing = RoutingWatch(engine_client, RoutingMetrics(metrics.labels))
         instrument(engine_client, registry, metrics)
-        reads = Reads(engine_client, await data_plane.score_rows())
+        by_priority = engine_client.vllm_config.scheduler_config.policy == "priority"
+        reads = Reads(engine_client, await data_plane.score_rows(), by_priority=by_priority)
         max_model_len = engine_client.model_config.max_model_len
         observer = UncertaintyMetrics(metrics.labels)
         Uncertainty(engine_client, registry, reads, observer, max_model_len=max_model_len)

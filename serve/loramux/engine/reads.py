@@ -27,6 +27,9 @@ from loramux.uncertainty.scores import Array
 
 logger = logging.getLogger(__name__)
 
+#: Where the engine schedules by priority: after all that somebody waits for, and the first to be preempted.
+_LAST = 2**31 - 1
+
 #: Reads in the engine at once, of all requests: each may take a step's whole budget of tokens, and others wait for it.
 AT_ONCE = 4
 
@@ -60,10 +63,12 @@ class Reads:
 
     rows  tokens whose probabilities over the vocabulary the worker can sum at once; a longer answer is read piece by
           piece, the pieces before it then coming from the prefix cache
+    by_priority  the engine has `--scheduling-policy priority`
     """
 
-    def __init__(self, engine: Engine, rows: int, *, at_once: int = AT_ONCE) -> None:
+    def __init__(self, engine: Engine, rows: int, *, at_once: int = AT_ONCE, by_priority: bool = False) -> None:
         self._engine = engine
+        self._options = {"priority": _LAST} if by_priority else {}
         self._rows = _Budget(rows)
         self._turns = asyncio.Semaphore(at_once)
 
@@ -173,6 +178,7 @@ class Reads:
                 params,
                 f"loramux-read-{uuid.uuid4().hex}",
                 lora_request=None if draw is None else lora_request(draw.tag, draw),
+                **self._options,
             )
             async with aclosing(stream):
                 async for _ in stream:

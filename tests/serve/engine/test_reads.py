@@ -42,10 +42,12 @@ class Engine:
         self.running = self.most = 0
         self.requests: list[tuple[int, int]] = []  # version id, tokens
         self.dropped: list[str] = []
+        self.priorities: set[int] = set()
 
     async def generate(
-        self, prompt: Any, params: Any, request_id: str, *, lora_request: Any = None
+        self, prompt: Any, params: Any, request_id: str, *, lora_request: Any = None, priority: int = 0
     ) -> AsyncGenerator[Any, None]:
+        self.priorities.add(priority)
         assert exchange.get() is None  # nothing of the request that asks
         number, tokens = lora_request.lora_int_id if lora_request else 0, prompt["prompt_token_ids"]
         self.requests.append((number, len(tokens)))
@@ -119,6 +121,14 @@ async def test_only_some_read_at_once() -> None:
     draws = [version(i) for i in range(1, 10)]
     await asyncio.gather(reads.read(draws, PROMPT, ANSWER), reads.read(draws, PROMPT, ANSWER))
     assert engine.most == AT_ONCE
+
+
+async def test_reads_come_last_where_the_engine_can_tell() -> None:
+    engine = Engine()
+    await Reads(engine, 100).read(DRAWS, PROMPT, ANSWER)
+    assert engine.priorities == {0}  # any other is refused by a first-come engine
+    await Reads(engine, 100, by_priority=True).read(DRAWS, PROMPT, ANSWER)
+    assert max(engine.priorities) > 10**6
 
 
 async def test_jobs_wait_for_rows_in_turn() -> None:
