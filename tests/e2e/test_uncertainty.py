@@ -267,6 +267,18 @@ def test_an_answer_that_was_written_elsewhere(client: openai.OpenAI, bayesian_se
     assert refused.status_code == 400 and refused.json()["error"]["hint"]
 
 
+def test_answers_that_are_not_sure_enough(client: openai.OpenAI) -> None:
+    rule = {"score": "mi_mean", "value": 1e-5}
+    refused = ask(client, "doubt", {"samples": 2, "abstain_above": rule | {"action": "refuse"}}).choices[0]
+    assert refused.message.content is None and "mi_mean" in refused.message.refusal and refused.uncertainty["abstained"]
+    routed = ask(client, "doubt", {"samples": 2, "abstain_above": rule | {"action": "route", "route_to": BASE}})
+    plain = client.chat.completions.create(model=BASE, messages=QUESTION, temperature=0, max_tokens=12)
+    assert routed.model == BASE and routed.choices[0].message.content == plain.choices[0].message.content
+    assert routed.choices[0].uncertainty["action"] == "route"
+    sure = ask(client, "doubt", {"samples": 2, "abstain_above": rule | {"value": 9.0}}).choices[0]
+    assert sure.uncertainty["abstained"] is False and sure.message.content
+
+
 def test_completions_have_it_too(client: openai.OpenAI) -> None:
     answer: Any = client.completions.create(
         model="doubt", prompt="The Rhine flows", max_tokens=8, extra_body={"uncertainty": {"samples": 2}}

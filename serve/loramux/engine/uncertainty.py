@@ -252,6 +252,8 @@ class _Answer:
 
     def _told(self, index: int, value: dict[str, Any], started: float) -> None:
         seconds = time.monotonic() - started
+        if (rule := self._asked.ask.abstain) is not None:
+            value = value | rule.judged(value)
         self._asked.choices[index] = value | {"latency_ms": round(seconds * 1000, 3)}
         self._observer.told(self._name, value, seconds)
 

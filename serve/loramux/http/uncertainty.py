@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loramux.errors import AdapterNotFound, InvalidRequest, LoramuxError
+from loramux.http import abstention
 from loramux.http.asgi import Receive, Scope, Send, field_in, replayed, with_length
 from loramux.http.completions import OfCompletions
 from loramux.http.composition import answered_by
@@ -21,7 +22,8 @@ from loramux.http.rewrite import Rewrite
 from loramux.http.scored import is_scored
 from loramux.registry import AdapterRegistry, Version
 from loramux.registry.draws import MAX_SAMPLES, SAMPLES
-from loramux.uncertainty.ask import FIELD, MIN_SAMPLES, Ask, Mode, parse, resolve
+from loramux.uncertainty.abstain import Action
+from loramux.uncertainty.ask import FIELD, MIN_SAMPLES, SCORES, Ask, Mode, parse, resolve
 from loramux.uncertainty.exchange import Exchange, exchange
 from loramux.uncertainty.labels import tokenise
 
@@ -41,6 +43,8 @@ class UncertaintyReport(OfCompletions):
         try:
             services: Services = scope["app"].state.loramux
             asked = await (_of_given if scored else _of_request)(request, services)
+            if asked is not None and asked.ask.abstain is not None:
+                abstention.check(request, asked.ask.abstain, scope, services.registry)
         except LoramuxError as error:
             await refuse(scope, send, error)
             return
@@ -49,10 +53,19 @@ class UncertaintyReport(OfCompletions):
         if asked is None:
             await self.app(scope, receive, send)
             return
-        token = exchange.set(asked)
         rewritten = Rewrite(send, answer=partial(_add_to_answer, asked), event=partial(_add_to_event, asked))
+        rule = asked.ask.abstain
+        if rule is not None and rule.route_to is not None:
+            await abstention.routed(
+                partial(self._asking, asked), scope, request, receive, rewritten, asked, rule.route_to
+            )
+        else:
+            await self._asking(asked, scope, receive, rewritten)
+
+    async def _asking(self, asked: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        token = exchange.set(None if asked.choices else asked)  # what another model answers instead is not asked about
         try:
-            await self.app(scope, receive, rewritten)
+            await self.app(scope, receive, send)
         finally:
             exchange.reset(token)
 
@@ -70,6 +83,10 @@ async def _of_given(request: dict[str, Any], services: Services) -> Exchange:
         raise InvalidRequest(
             "An answer can be scored, or read fast.", hint='Send "mode": "score".', param=f"{FIELD}.mode"
         )
+    if ask.abstain is not None and ask.abstain.action is not Action.FLAG:
+        raise InvalidRequest(
+            "What was written elsewhere can only be flagged.", hint='Send "action": "flag".', param=FIELD
+        )
     asked = await _prepared(request, ask, services)
     asked.text, asked.given = text, tuple(services.tokenizer.encode(text, add_special_tokens=False))
     request["max_tokens"] = 1  # none is written, but room for one is asked for
@@ -85,6 +102,12 @@ async def _prepared(request: dict[str, Any], ask: Ask, services: Services) -> Ex
     samples = ask.samples or SAMPLES
     if version is not None and version.bayesian and mode is not Mode.FAST:
         samples = await services.registry.samples(version, ask.samples)
+    if ask.abstain is not None and ask.abstain.score not in SCORES[mode]:
+        raise InvalidRequest(
+            f"The mode {mode.value!r}, in which this model tells how sure it is, has no {ask.abstain.score!r}.",
+            hint=f"It has {', '.join(SCORES[mode])}.",
+            param=FIELD,
+        )
     asked = _checked(request, ask, mode, samples)
     if mode is Mode.DECIDE:
         asked.labels = tokenise(ask.labels, services.tokenizer)
@@ -152,6 +175,9 @@ def _add_to_event(asked: Exchange, event: dict[str, Any]) -> None:
 
 def _add(asked: Exchange, choice: dict[str, Any]) -> None:
     told = choice[FIELD] = asked.choices.get(choice.get("index", 0))
+    rule = asked.ask.abstain
+    if told is not None and rule is not None and told["action"] == Action.REFUSE:
+        abstention.refuse_choice(choice, rule)
     content = (choice.get("logprobs") or {}).get("content")
     if told is not None and content and len(told.get("tokens") or ()) == len(content):
         for entry, token in zip(content, told["tokens"], strict=True):

@@ -33,6 +33,12 @@ class UncertaintyMetrics:
             ["adapter", "mode", "outcome"],
             registry=registry,
         )
+        self._abstentions = Counter(
+            "loramux_uncertainty_abstentions",
+            "Choices that were not sure enough for their request: flag, refuse, route.",
+            ["adapter", "action"],
+            registry=registry,
+        )
         self._seconds = Histogram(
             "loramux_uncertainty_seconds",
             "How long a choice waited for its uncertainty, from when its text was there.",
@@ -47,6 +53,8 @@ class UncertaintyMetrics:
         outcome = "error" if "error" in value else "partial" if value["partial"] else "complete"
         self._series(self._requests, name, mode, outcome).inc()
         self._series(self._seconds, name, mode).observe(seconds)
+        if value.get("action") is not None:
+            self._series(self._abstentions, name, value["action"]).inc()
         for score in SHOWN:
             if value.get(score) is not None:
                 self._series(self._score, name, mode, score).observe(value[score])

@@ -13,6 +13,7 @@ per_token       total, aleatoric and epistemic of every token too
 labels          of decide: texts
 on_unsupported  for an adapter without a posterior: "fast" (what can be told without draws) or "error"
 timeout_ms      how long an answer may wait for its scores; then they are `partial`
+abstain_above   what becomes of an answer that is not sure (`abstain.py`); abstain_below likewise
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 from loramux.errors import AdapterNotBayesian, InvalidRequest
 from loramux.registry.draws import MAX_SAMPLES
+from loramux.uncertainty.abstain import ABOVE, BELOW, SURE, Action, Rule
 from loramux.uncertainty.scores import FAST_SCORES, LABEL_SCORES, SEQUENCE_SCORES
 
 FIELD = "uncertainty"
@@ -31,6 +33,7 @@ MIN_SAMPLES = 2
 MAX_LABELS = 64
 _LONGEST_LABEL = 256
 _MAX_TIMEOUT_MS = 600_000
+_MAX_VALUE = 1e300  # compared as it is: an integer may be too large for a float
 _MAX_SEED = 2**63 - 1
 
 
@@ -61,6 +64,7 @@ class Ask:
     labels: tuple[str, ...] = ()
     fast_if_unsupported: bool = True
     timeout_s: float | None = None
+    abstain: Rule | None = None
 
 
 def parse(value: Any) -> Ask | None:
@@ -91,6 +95,7 @@ def parse(value: Any) -> Ask | None:
         labels=_labels(given, mode),
         fast_if_unsupported=_one_of(given, "on_unsupported", ["fast", "error"]) != "error",
         timeout_s=None if timeout is None else timeout / 1000,
+        abstain=_rule(given, mode),
     )
 
 
@@ -110,7 +115,19 @@ def resolve(ask: Ask, *, bayesian: bool) -> Mode:
     return Mode.FAST if ask.mode is Mode.SCORE else ask.mode
 
 
-_FIELDS = ("mode", "samples", "seed", "noise", "scores", "per_token", "labels", "on_unsupported", "timeout_ms")
+_FIELDS = (
+    "mode",
+    "samples",
+    "seed",
+    "noise",
+    "scores",
+    "per_token",
+    "labels",
+    "on_unsupported",
+    "timeout_ms",
+    ABOVE,
+    BELOW,
+)
 
 
 def _whole(given: dict[str, Any], name: str, least: int, most: int) -> int | None:
@@ -126,23 +143,26 @@ def _flag(given: dict[str, Any], name: str) -> bool:
     return value
 
 
-def _one_of(given: dict[str, Any], name: str, values: Sequence[str]) -> str | None:
+def _one_of(given: dict[str, Any], name: str, values: Sequence[str], within: str = "") -> str | None:
     if name in given and given[name] not in values:
-        raise _invalid(f"must be one of {', '.join(values)}", _LEAVE_OUT, name)
+        param = f"{within}.{name}" if within else name
+        raise _invalid(f"must be one of {', '.join(values)}", _LEAVE_OUT, param)
     return given.get(name)
 
 
 def _scores(given: dict[str, Any], mode: Mode | None) -> tuple[str, ...] | None:
     if "scores" not in given:
         return None
-    known = SCORES[mode] if mode else tuple(dict.fromkeys([*SEQUENCE_SCORES, *FAST_SCORES]))
+    known = _known(mode)
     names = given["scores"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise _invalid("must be a list of names", f"There are {', '.join(known)}.", "scores")
     for name in names:
         if name not in known:
             raise _invalid(f"has no {name[:64]!r}", f"There are {', '.join(known)}.", "scores")
-    return tuple(names)
+    rule = given.get(ABOVE) or given.get(BELOW)
+    needed = rule.get("score") if isinstance(rule, dict) else None
+    return tuple(names) if needed is None or needed in names else (*names, needed)
 
 
 def _labels(given: dict[str, Any], mode: Mode | None) -> tuple[str, ...]:
@@ -161,6 +181,33 @@ def _labels(given: dict[str, Any], mode: Mode | None) -> tuple[str, ...]:
         if label in labels[:place]:
             raise _invalid("is there twice", "Give every label once.", f"labels[{place}]")
     return tuple(labels)
+
+
+def _rule(given: dict[str, Any], mode: Mode | None) -> Rule | None:
+    names = [name for name in (ABOVE, BELOW) if name in given]
+    if not names:
+        return None
+    name, rule = names[0], given[names[0]]
+    if len(names) > 1:
+        raise _invalid("excludes the other threshold", "Send one of the two.", name)
+    hint = f'Send "{name}": {{"score": NAME, "value": NUMBER, "action": "flag", "refuse" or "route"}}.'
+    if not isinstance(rule, dict) or not {"score", "value"} <= set(rule) <= {"score", "value", "action", "route_to"}:
+        raise _invalid("must have a `score` and a `value`, may have an `action` and a `route_to`", hint, name)
+    known = [score for score in _known(mode) if (score in SURE) == (name == BELOW)]
+    if rule["score"] not in known:
+        raise _invalid("has no such score", f"There are {', '.join(known)}.", f"{name}.score")
+    value = rule["value"]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_VALUE:
+        raise _invalid("must be a number", hint, f"{name}.value")
+    action = _one_of(rule, "action", [*Action], within=name) or Action.FLAG
+    route_to = rule.get("route_to")
+    if (action == Action.ROUTE) != isinstance(route_to, str) or route_to == "":
+        raise _invalid('belongs to "action": "route", and is a model\'s name', hint, f"{name}.route_to")
+    return Rule(rule["score"], float(value), name == BELOW, Action(action), route_to)
+
+
+def _known(mode: Mode | None) -> tuple[str, ...]:
+    return SCORES[mode] if mode else tuple(dict.fromkeys([*SEQUENCE_SCORES, *FAST_SCORES]))
 
 
 _LEAVE_OUT = "Leave it out for the default."

@@ -19,6 +19,7 @@ from loramux.errors import AdapterNotBayesian, InvalidRequest, PoolExhausted, Un
 from loramux.metrics import instrument
 from loramux.registry import Version
 from loramux.uncertainty import ENTROPY_KEY
+from loramux.uncertainty.abstain import Action, Rule
 from loramux.uncertainty.ask import Ask, Mode
 from loramux.uncertainty.exchange import Exchange, exchange
 
@@ -399,3 +400,15 @@ async def test_what_the_model_has_no_room_for(bench: Bench, mode: Mode, fields: 
     with pytest.raises(InvalidRequest, match="20 tokens"):
         await bench.ask(await bench.load("a"), mode, labels=("x", "y"), fields=fields)
     assert not bench.reads.asked and idle(bench)
+
+
+async def test_answers_that_are_not_sure(bench: Bench) -> None:
+    version = await bench.load("a")
+    for value, abstained in ((0.3, True), (0.5, False)):
+        asked = await bench.ask(version, abstain=Rule("mi_mean", value, False))
+        assert asked.choices[0]["abstained"] is abstained
+        assert asked.choices[0]["action"] == ("flag" if abstained else None)
+    assert [value.get("action") for _, value in bench.observer.told_of] == ["flag", None]
+    bench.reads.error = RuntimeError("a bug")
+    asked = await bench.ask(version, abstain=Rule("mi_mean", 0.3, False, Action.REFUSE))
+    assert asked.choices[0]["abstained"] is None and asked.choices[0]["action"] == "refuse"

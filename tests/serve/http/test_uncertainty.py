@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import AsyncIterator
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from loramux.http.composition import Composed, answered_by
+from loramux.http.gate import Gate, install
 from loramux.http.scored import ScoredCompletion
 from loramux.http.uncertainty import UncertaintyReport
 from loramux.uncertainty.ask import Mode
@@ -32,10 +35,13 @@ class Server:
         self.world = world
         self.seen: list[tuple[dict[str, Any], Exchange | None]] = []
         self.paths: list[str] = []
+        self.score = 0.3
         self.lengths: list[tuple[int, int]] = []
         app = FastAPI()
         app.add_middleware(UncertaintyReport)
         app.add_middleware(ScoredCompletion)
+        app.state.args = Namespace()
+        install(app.state.args, Gate(bases=(BASE,)))
         app.state.loramux = SimpleNamespace(registry=world.registry, tokenizer=Tokenizer())
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
             app.add_api_route(path, self.route, methods=["POST"])
@@ -53,11 +59,15 @@ class Server:
         usage = {"prompt_tokens": 3}
         if asked is not None:
             asked.choices = {i: {**TOLD, "index": i} for i in range(n)}
+            if (rule := asked.ask.abstain) is not None:  # the first of several choices is sure
+                for i, told in asked.choices.items():
+                    told |= rule.judged({rule.score: self.score if n == 1 or i else -1})
             asked.tokens = 40
         if not body.get("stream"):
             logprobs = {"content": [{"token": "a"}, {"token": "b"}]} if body.get("logprobs") else None
-            choices = [{"index": i, "logprobs": logprobs, "finish_reason": "stop"} for i in range(n)]
-            return {"id": "c", "choices": choices, "usage": usage}
+            text = {"text": "said"} if "prompt" in body else {"message": {"role": "assistant", "content": "said"}}
+            choices = [{"index": i, "logprobs": logprobs, "finish_reason": "stop", **deepcopy(text)} for i in range(n)]
+            return {"id": "c", "model": body.get("model"), "choices": choices, "usage": usage}
 
         async def events() -> AsyncIterator[str]:
             for finish in (None, "stop"):
@@ -278,3 +288,84 @@ async def test_answers_that_cannot_be_scored(server: Server, change: dict[str, A
 @pytest.mark.parametrize("body", [b"", b"[]", b"no json", b"[" * 10**5])
 async def test_bodies_that_are_none(server: Server, body: bytes) -> None:
     assert (await server.post(body, SCORE)).status_code == 400
+
+
+def above(value: float, **rule: Any) -> dict[str, Any]:
+    return {"abstain_above": {"score": "mi_mean", "value": value, **rule}}
+
+
+async def test_answers_that_are_flagged(server: Server) -> None:
+    for value, abstained in ((0.2, True), (0.4, False)):
+        (choice,) = (await server.ask(above(value))).json()["choices"]
+        assert choice["uncertainty"]["abstained"] is abstained and choice["message"]["content"] == "said"
+    text = (await server.ask(above(0.2), stream=True)).text
+    assert '"abstained": true' in text
+
+
+@pytest.mark.parametrize("body", [{"messages": []}, {"prompt": "Why?"}])
+async def test_answers_that_are_refused(server: Server, body: dict[str, Any]) -> None:
+    path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
+    sent = {"model": "bayes", "n": 2, "logprobs": 1, "uncertainty": above(0.2, action="refuse"), **body}
+    sure, unsure = (await server.post(sent, path)).json()["choices"]
+    assert sure["uncertainty"]["action"] is None and unsure["uncertainty"]["action"] == "refuse"
+    if "prompt" in body:
+        assert sure["text"] == "said" and unsure["text"] == ""
+    else:
+        assert sure["message"]["content"] == "said" and "refusal" not in sure["message"]
+        assert unsure["message"]["content"] is None and "mi_mean is above 0.2" in unsure["message"]["refusal"]
+    assert sure["logprobs"] and unsure["logprobs"] is None and "said" not in json.dumps(unsure)
+
+
+@pytest.mark.parametrize("to", ["plain", BASE, f"{BASE}:plain"])
+async def test_answers_that_are_left_to_another(server: Server, to: str) -> None:
+    asked = above(0.2, action="route", route_to=to)
+    answer = (await server.ask(asked, temperature=0.5)).json()
+    assert answer["model"] == to and answer["choices"][0]["uncertainty"]["action"] == "route"
+    (first, exchange_of_first), (second, exchange_of_second) = server.seen
+    assert exchange_of_first is not None and exchange_of_second is None
+    assert second == first | {"model": to} and all(told == real for told, real in server.lengths)
+    server.score = 0.1
+    answer = (await server.ask(asked)).json()
+    assert answer["model"] == "bayes" and answer["choices"][0]["uncertainty"]["action"] is None
+    assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "body", "status", "param"),
+    [
+        (above(0.2, action="refuse"), {"stream": True}, 400, "stream"),
+        (above(0.2, action="route", route_to="plain"), {"stream": True}, 400, "stream"),
+        (above(0.2, action="route", route_to="plain"), {"n": 2}, 400, "n"),
+        (above(0.2, action="route", route_to="other"), {}, 404, "uncertainty.abstain_above.route_to"),
+        (above(0.2), {"model": "plain"}, 400, "uncertainty"),  # which has no such score
+    ],
+)
+async def test_what_cannot_be_done_about_an_answer(
+    server: Server, asked: Any, body: Any, status: int, param: str
+) -> None:
+    answer = await server.ask(asked, **body)
+    assert answer.status_code == status and answer.json()["error"]["param"] == param
+    assert answer.json()["error"]["hint"] and not server.seen
+
+
+async def test_what_was_written_elsewhere_can_only_be_flagged(server: Server) -> None:
+    sent = {"model": "bayes", "prompt": "Why?", "completion": "ab"}
+    for action, status in (("refuse", 400), ("flag", 200)):
+        answer = await server.post(sent | {"uncertainty": above(0.2, action=action)}, SCORE)
+        assert answer.status_code == status
+
+
+async def test_who_may_not_use_a_model_cannot_be_routed_to_it(server: Server) -> None:
+    caller = SimpleNamespace(allows=lambda name: name == "bayes")
+
+    async def with_caller(scope: Any, receive: Any, send: Any) -> None:
+        await server.app({**scope, "state": {"loramux_caller": caller}}, receive, send)
+
+    answers = []
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(with_caller), base_url="http://test") as client:
+        for to in ("plain", "nobody"):
+            asked = above(0.2, action="route", route_to=to)
+            body = {"model": "bayes", "messages": [], "uncertainty": asked}
+            answers.append(await client.post("/v1/chat/completions", json=body))
+    assert [answer.status_code for answer in answers] == [404, 404]
+    assert answers[0].text.replace("plain", "nobody") == answers[1].text and not server.seen

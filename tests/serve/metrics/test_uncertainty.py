@@ -22,7 +22,9 @@ def test_outcomes_scores_and_seconds() -> None:
     for outcome in ("complete", "partial"):
         assert sample("requests_total", adapter="a", mode="score", outcome=outcome) == 1
     assert sample("requests_total", adapter="other", mode="fast", outcome="error") == 1
-    assert sample("seconds_count", adapter="a", mode="score") == 2
-    assert sample("score_count", adapter="a", mode="score", score="epistemic") == 1
-    assert sample("score_sum", adapter="a", mode="score", score="total") == 1.5
+    metrics.told("a", value | {"action": "refuse"}, 0.2)
+    assert sample("abstentions_total", adapter="a", action="refuse") == 1
+    assert sample("seconds_count", adapter="a", mode="score") == 3
+    assert sample("score_count", adapter="a", mode="score", score="epistemic") == 2
+    assert sample("score_sum", adapter="a", mode="score", score="total") == 3.0
     assert sample("score_count", adapter="a", mode="score", score="confidence") is None

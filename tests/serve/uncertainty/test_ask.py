@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from loramux.errors import AdapterNotBayesian, InvalidRequest
+from loramux.uncertainty.abstain import Action, Rule
 from loramux.uncertainty.ask import MAX_LABELS, SCORES, Ask, Mode, parse, resolve
 
 
@@ -88,6 +89,24 @@ def test_every_score_of_a_mode_can_be_asked_for(mode: Mode) -> None:
         ({"timeout_ms": 0}, "timeout_ms"),
         ({"timeout_ms": 0.5}, "timeout_ms"),
         ({"timeout_ms": 10**9}, "timeout_ms"),
+        ({"abstain_above": 0.1}, "abstain_above"),
+        ({"abstain_above": {"score": "mi_mean"}}, "abstain_above"),
+        ({"abstain_above": {"score": "mi_mean", "value": 1, "then": 1}}, "abstain_above"),
+        ({"abstain_above": {"score": "vibes", "value": 1}}, "abstain_above.score"),
+        ({"abstain_above": {"score": ["mi_mean"], "value": 1}}, "abstain_above.score"),
+        ({"abstain_above": {"score": "confidence", "value": 1}}, "abstain_above.score"),  # sure answers have more
+        ({"abstain_below": {"score": "mi_mean", "value": 1}}, "abstain_below.score"),
+        ({"abstain_above": {"score": "mi_mean", "value": "1"}}, "abstain_above.value"),
+        ({"abstain_above": {"score": "mi_mean", "value": True}}, "abstain_above.value"),
+        ({"abstain_above": {"score": "mi_mean", "value": float("nan")}}, "abstain_above.value"),
+        ({"abstain_above": {"score": "mi_mean", "value": 10**400}}, "abstain_above.value"),
+        ({"abstain_above": {"score": "mi_mean", "value": 1, "action": "cry"}}, "abstain_above.action"),
+        ({"abstain_above": {"score": "mi_mean", "value": 1, "action": "route"}}, "abstain_above.route_to"),
+        ({"abstain_above": {"score": "mi_mean", "value": 1, "route_to": "base"}}, "abstain_above.route_to"),
+        (
+            {"abstain_above": {"score": "mi_mean", "value": 1}, "abstain_below": {"score": "confidence", "value": 1}},
+            "abstain_above",
+        ),
     ],
 )
 def test_refusals_name_the_field_and_what_to_do(value: Any, param: str) -> None:
@@ -121,3 +140,30 @@ def test_without_a_posterior_and_wanting_one(mode: Mode) -> None:
         resolve(Ask(mode, fast_if_unsupported=False), bayesian=False)
     assert error.value.hint and error.value.status == 400
     assert resolve(Ask(None, fast_if_unsupported=False), bayesian=False) is Mode.FAST
+
+
+def test_a_threshold() -> None:
+    rule = {"score": "mi_max", "value": 1, "action": "route", "route_to": "base"}
+    asked = parse({"scores": ["total"], "abstain_above": rule})
+    assert asked is not None and asked.abstain == Rule("mi_max", 1.0, False, Action.ROUTE, "base")
+    assert asked.scores == ("total", "mi_max")  # it is told what decided
+    asked = parse({"abstain_below": {"score": "confidence", "value": 0.5}})
+    assert asked is not None and asked.abstain == Rule("confidence", 0.5, True, Action.FLAG)
+
+
+@pytest.mark.parametrize(
+    ("rule", "score", "abstained", "action"),
+    [
+        (Rule("total", 1.0, False), 1.1, True, "flag"),
+        (Rule("total", 1.0, False), 1.0, False, None),
+        (Rule("total", 1.0, False), None, None, None),
+        (Rule("confidence", 0.5, True), 0.4, True, "flag"),
+        (Rule("confidence", 0.5, True), 0.5, False, None),
+        (Rule("total", 1.0, False, Action.REFUSE), 1.1, True, "refuse"),
+        (Rule("total", 1.0, False, Action.REFUSE), 0.9, False, None),
+        (Rule("total", 1.0, False, Action.REFUSE), None, None, "refuse"),  # what is not known is not sure
+        (Rule("total", 1.0, False, Action.ROUTE, "base"), float("nan"), None, "route"),
+    ],
+)
+def test_who_abstains(rule: Rule, score: float | None, abstained: bool | None, action: str | None) -> None:
+    assert rule.judged({rule.score: score}) == {"abstained": abstained, "action": action}
