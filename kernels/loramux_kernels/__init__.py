@@ -10,6 +10,7 @@ and bias of zero.
 
 from loramux_kernels.errors import (
     KernelError,
+    NotBuilt,
     NotWritten,
     PoolFull,
     RankTooLarge,
@@ -23,17 +24,20 @@ from loramux_kernels.layout import Layout
 from loramux_kernels.ops.expand import expand
 from loramux_kernels.ops.shrink import shrink
 from loramux_kernels.pool import AdapterPool
+from loramux_kernels.sequences import CountRows
 from loramux_kernels.sites import SiteSpec
 from loramux_kernels.weights import Memory
 
 __all__ = [
     "MAX_EXPERTS",
     "AdapterPool",
+    "CountRows",
     "Geometry",
     "KernelError",
     "Layout",
     "Layouts",
     "Memory",
+    "NotBuilt",
     "NotWritten",
     "PoolFull",
     "RankTooLarge",

@@ -4,6 +4,7 @@
     w = p where selected, else 0;                        adaptive: p − τ where selected
     g = w;   if `renormalise`: w / (Σ_E w + eps);        if `one`: 1 where selected, else 0
     τ = threshold · σ(l_E + bias)                        only if adaptive; l_E is one more logit, behind the experts'
+    g_te = 0 if `capacity` earlier tokens of t's sequence selected e                   only with `capacity`
     g_TG = Σ_{e in group} g_Te                           only with `groups`
 
 T tokens · E experts · G groups. The arithmetic is float32 (float64 for float64 weights) whatever the dtype of the
@@ -25,13 +26,14 @@ MAX_EXPERTS = 16
 
 Select = Literal["all", "top_k", "top_p", "threshold", "adaptive"]
 
-ABSOLUTE, RENORMALISE, ONE, GROUPED, ADAPTIVE = 1, 2, 4, 8, 16
+ABSOLUTE, RENORMALISE, ONE, GROUPED, ADAPTIVE, LIMITED = 1, 2, 4, 8, 16, 32
 """Bits of the flags in `packed`."""
 GROUPS_PER_WORD = 4
 """Groups are sets of experts in 16 bits each, four to an int64."""
-GROUPS_AT = 7
+CAPACITY_AT = 7
+GROUPS_AT = 8
 GATE_FIELDS = GROUPS_AT + MAX_EXPERTS // GROUPS_PER_WORD
-"""Where the groups begin in `packed`, and its length."""
+"""Where the capacity is in `packed`, where the groups begin, and its length."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class TokenGate:
 
     `groups`, for experts that share rank rows: bit e of groups[i] says that group i takes the weight of expert e; an
     expert may be in several. Rank rows then belong to groups instead of experts.
+
+    `capacity`: an expert takes no more tokens of a sequence than this, the first ones that select it; 0 means no limit.
+    The weights of a token's other experts stay as they are. Counted are experts, not groups.
 
     Raises ValueError naming the field.
     """
@@ -61,6 +66,7 @@ class TokenGate:
     absolute: bool = False
     one: bool = False
     groups: tuple[int, ...] = ()
+    capacity: int = 0
 
     def __post_init__(self) -> None:
         most = MAX_EXPERTS - self.adaptive
@@ -78,6 +84,8 @@ class TokenGate:
             raise ValueError(f"temperature: {self.temperature}, must be positive")
         _float32("threshold", self.threshold)
         _float32("bias", self.bias)
+        if not 0 <= self.capacity < 1 << 31:
+            raise ValueError(f"capacity: {self.capacity}, must not be negative and fit into 31 bits")
         if len(self.groups) > MAX_EXPERTS:
             raise ValueError(f"groups: {len(self.groups)}, must be at most {MAX_EXPERTS}")
         if any(not 0 < group < 1 << self.experts for group in self.groups):
@@ -100,11 +108,12 @@ class TokenGate:
 
     @property
     def router(self) -> TokenGate:
-        """The gate without its groups: what it decides about experts."""
-        return replace(self, groups=()) if self.groups else self
+        """The gate without groups and capacity: what it decides about experts, from a token's logits alone."""
+        return replace(self, groups=(), capacity=0) if self.groups or self.capacity else self
 
     def packed(self) -> tuple[int, ...]:
-        """k, flags, the bits of p, threshold, eps, temperature and bias as float32, and the groups, for the device.
+        """k, flags, the bits of p, threshold, eps, temperature and bias as float32, the capacity, and the groups, for
+        the device.
 
         A kernel selects what passes all three selections; those that this gate does not use let everything pass.
         """
@@ -112,10 +121,10 @@ class TokenGate:
         p = self.p if self.select == "top_p" else math.inf
         threshold = self.threshold if self.select in ("threshold", "adaptive") else -math.inf
         flags = ABSOLUTE * self.absolute | RENORMALISE * self.renormalise | ONE * self.one
-        flags |= GROUPED * bool(self.groups) | ADAPTIVE * self.adaptive
+        flags |= GROUPED * bool(self.groups) | ADAPTIVE * self.adaptive | LIMITED * bool(self.capacity)
         words = struct.unpack("<4q", struct.pack("<16H", *self.groups, *[0] * (MAX_EXPERTS - len(self.groups))))
         numbers = (p, threshold, self.eps, self.temperature, self.bias)
-        return k, flags, *(_bits(value) for value in numbers), *words
+        return k, flags, *(_bits(value) for value in numbers), self.capacity, *words
 
 
 def check_experts(module: str, expert: Tensor, experts: int) -> None:

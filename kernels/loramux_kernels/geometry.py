@@ -1,4 +1,4 @@
-"""What an adapter's layout in a pool depends on: the sites, the dtype and the largest rank; no memory.
+"""What an adapter's layout in a pool depends on: the sites, the dtype, the largest rank and step; no memory.
 
 Whoever has a pool's geometry, in whatever process, can lay an adapter out as that pool wants it.
 """
@@ -24,11 +24,15 @@ Layouts = Mapping[int, Layout]
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sites of a pool in order. Raises ValueError if a module appears in two."""
+    """The sites of a pool in order. `count_rows`: rows of counts of a gate with a capacity (`sequences.py`).
+
+    Raises ValueError if a module appears in two sites.
+    """
 
     sites: tuple[SiteSpec, ...]
     dtype: torch.dtype
     max_rank: int
+    count_rows: int
     _where: dict[str, tuple[int, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -75,6 +79,6 @@ class Geometry:
             spec = self.sites[i]
             key = (spec.d_in, spec.d_outs, tuple(by_site[i]))
             if key not in made:
-                made[key] = Layout.of(*key, self.dtype.itemsize)
+                made[key] = Layout.of(*key, self.dtype.itemsize, self.count_rows)
             found[i] = made[key]
         return found

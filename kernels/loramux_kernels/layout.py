@@ -1,9 +1,10 @@
 """Where the arrays of one adapter at one site lie in its extent of the arena.
 
     A of all slices [R, I], routers behind it, a row per logit · scale [R] · expert [R], with a router only ·
-    per slice B [r, O], mag [O], bias [O]
+    per slice B [r, O], mag [O], bias [O] · per slice with a capacity its counts [N, E]
 
-Every array begins on an `arena.ALIGNMENT` boundary; scale, mag and bias are float32, expert int32.
+Every array begins on an `arena.ALIGNMENT` boundary; scale, mag and bias are float32, expert and counts int32.
+Counts are no weights: steps write them (`sequences.py`).
 """
 
 from __future__ import annotations
@@ -41,10 +42,13 @@ class Layout:
     b: tuple[int, ...]
     mag: tuple[int | None, ...]
     bias: tuple[int | None, ...]
+    counts: tuple[int | None, ...]
+    count_rows: int
     nbytes: int
 
     @classmethod
-    def of(cls, d_in: int, d_outs: Sequence[int], parts: tuple[Part, ...], itemsize: int) -> Layout:
+    def of(cls, d_in: int, d_outs: Sequence[int], parts: tuple[Part, ...], itemsize: int, count_rows: int) -> Layout:
+        """`count_rows`: N, of a slice with a capacity."""
         rank_rows, router_rows = sum(p.rank for p in parts), sum(p.gate.logits for p in parts if p.gate)
         scale = aligned((rank_rows + router_rows) * d_in * itemsize)
         expert = scale + aligned(rank_rows * WORD)
@@ -58,7 +62,12 @@ class Layout:
             for has, offsets in ((part.mag, mag), (part.bias, bias)):
                 offsets.append(end if has else None)
                 end += aligned(d_out * WORD) if has else 0
-        return cls(parts, scale, expert, tuple(b), tuple(mag), tuple(bias), end)
+        counts: list[int | None] = []
+        for part in parts:
+            limited = part.gate is not None and part.gate.capacity > 0
+            counts.append(end if limited else None)
+            end += aligned(count_rows * part.gate.experts * WORD) if part.gate is not None and limited else 0
+        return cls(parts, scale, expert, tuple(b), tuple(mag), tuple(bias), tuple(counts), count_rows, end)
 
     # Cached, for the many sites that share a layout.
 
@@ -75,6 +84,11 @@ class Layout:
     def rows(self) -> int:
         """Rows of A in use: rank rows and router rows."""
         return self.rank_rows + sum(p.gate.logits for p in self.parts if p.gate)
+
+    @cached_property
+    def limited(self) -> bool:
+        """Whether a slice has a gate with a capacity."""
+        return any(at is not None for at in self.counts)
 
     @cached_property
     def logits(self) -> tuple[int, ...]:

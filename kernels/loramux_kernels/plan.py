@@ -13,11 +13,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Ints = npt.NDArray[np.integer]
+from loramux_kernels.sequences import CountRows, Ints, Sequences
 
 SMALL_TILE, LARGE_TILE = 16, 64
 SMALL_STEP = 256
@@ -52,6 +51,7 @@ class Plan:
         self.tokens = 0
         self.groups: list[Group] = []
         self.token_slots: Ints = np.empty(0, np.int32)
+        self.sequences = Sequences(max_tokens=max_tokens, device=device, tiled=tiled)
         self._tiled = tiled
         # A step holds at most this many different slots; each adds at most one tile that is not full.
         self._distinct = min(slots, max_requests)
@@ -62,11 +62,14 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Device bytes of the buffer."""
-        return self._buffer.nbytes
+        """Device bytes of the buffers."""
+        return self._buffer.nbytes + self.sequences.buffer.nbytes
 
-    def update(self, slots: Ints, lengths: Ints) -> None:
-        """Plan a step of requests with `lengths` tokens each, in batch order; slot −1 is the base model."""
+    def update(self, slots: Ints, lengths: Ints, count_rows: CountRows | None = None) -> None:
+        """Plan a step of requests with `lengths` tokens each, in batch order; slot −1 is the base model.
+
+        `count_rows` where some slot's adapter has a capacity.
+        """
         tokens = int(lengths.sum())
         if tokens > self.max_tokens:
             raise ValueError(f"a step of {tokens} tokens, the pool was made for {self.max_tokens}")
@@ -77,6 +80,8 @@ class Plan:
         if not self.active:
             self._clear()
             return
+        if count_rows is not None:
+            self.sequences.update(lengths, count_rows)
         order = keep[np.argsort(slots[keep], kind="stable")]
         by_slot, lens = slots[order], lengths[order].astype(np.int64)
         begin = (np.cumsum(lengths, dtype=np.int64) - lengths)[order]

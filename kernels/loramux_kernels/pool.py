@@ -23,12 +23,13 @@ from torch import Tensor
 
 from loramux_kernels import backends
 from loramux_kernels.arena import Extents
-from loramux_kernels.errors import NotWritten, PoolFull, UnknownSlot
+from loramux_kernels.errors import NotBuilt, NotWritten, PoolFull, UnknownSlot
 from loramux_kernels.gates import TokenGate
 from loramux_kernels.geometry import NO_GATES, Geometry, Layouts
 from loramux_kernels.layout import Layout
 from loramux_kernels.ops.shrink import h_shape
-from loramux_kernels.plan import Ints, Plan
+from loramux_kernels.plan import Plan
+from loramux_kernels.sequences import ROWS_PER_SEQUENCE, CountRows, Ints
 from loramux_kernels.sites import TABLE_HEAD, TABLE_PART, Site, SiteSpec, accumulator
 from loramux_kernels.trace import Trace, Traced
 from loramux_kernels.weights import Memory, SlotWeights
@@ -79,7 +80,7 @@ class AdapterPool:
         if min(slots, max_rank, max_tokens, max_requests) < 1:
             raise ValueError("slots, max_rank, max_tokens and max_requests must be positive")
         self.device = torch.device(device)
-        self.geometry = Geometry(tuple(sites), dtype, max_rank)
+        self.geometry = Geometry(tuple(sites), dtype, max_rank, ROWS_PER_SEQUENCE * max_requests)
         self.dtype = dtype
         self.slots = slots
         self.max_tokens = max_tokens
@@ -118,7 +119,8 @@ class AdapterPool:
         self._residents: dict[int, _Resident] = {}
         self._rows: dict[int, Tensor] = {}  # on the host: what the table will say of reserved slots
         self._published = np.zeros(slots, dtype=bool)
-        self._batch: tuple[bytes, bytes] | None = None
+        self._limited = np.zeros(slots, dtype=bool)
+        self._batch: tuple[bytes, ...] | None = None
 
     # ---- sizes
 
@@ -191,7 +193,10 @@ class AdapterPool:
         return self.reserve_laid_out(self.geometry.layouts(ranks, gates, mag=mag, bias=bias))
 
     def reserve_laid_out(self, layouts: Layouts) -> int:
-        """`reserve` for layouts that this pool's geometry has made. Raises PoolFull; then nothing has changed."""
+        """`reserve` for layouts that this pool's geometry has made. Raises PoolFull or NotBuilt; then nothing has
+        changed."""
+        if not self._backend.capacity and any(lay.limited for lay in layouts.values()):
+            raise NotBuilt(self._backend.name, "gates with a capacity")
         sizes = [layout.nbytes for layout in layouts.values()]
         offsets = self._extents.take_all(sizes) if self.free_slots and sum(sizes) <= self.free_bytes else None
         if offsets is None:
@@ -272,6 +277,7 @@ class AdapterPool:
         self._table[slot].copy_(self._rows.pop(slot), non_blocking=True)
         resident.published = True
         self._published[slot] = True
+        self._limited[slot] = any(piece.layout.limited for piece in resident.pieces.values())
         self._batch = None
 
     def release(self, slot: int) -> None:
@@ -282,22 +288,31 @@ class AdapterPool:
             self._extents.give(piece.offset)
         del self._residents[slot]
         self._rows.pop(slot, None)
-        self._published[slot] = False
+        self._published[slot] = self._limited[slot] = False
         self._batch = None
 
     # ---- steps
 
-    def set_batch(self, slots: Ints, lengths: Ints) -> None:
+    def limited(self, slots: Ints) -> Ints:
+        """Places in `slots` of the published ones whose adapter has a gate with a capacity."""
+        known = (slots >= 0) & (slots < self.slots)
+        return np.flatnonzero(known & self._limited[np.where(known, slots, 0)])
+
+    def set_batch(self, slots: Ints, lengths: Ints, counts: CountRows | None = None) -> None:
         """Plan the coming step: slot and number of tokens of each request, int32, in batch order.
 
+        `counts`: needed where a slot is `limited`; then the step counts its tokens, and each set_batch is one step.
         A slot that is not published counts as −1, the base model. Costs nothing while the batch stays the same.
+        Raises ValueError for a limited slot without rows of counts of its own, and plans nothing then.
         """
-        batch = (slots.tobytes(), lengths.tobytes())
+        batch = (slots.tobytes(), lengths.tobytes(), *(rows.tobytes() for rows in counts or ()))
         if batch == self._batch:
             return
         known = (slots >= 0) & (slots < self.slots)
         known &= self._published[np.where(known, slots, 0)]
-        self._plan.update(np.where(known, slots, -1), lengths)
+        if self._limited.any():
+            self._check(self.limited(slots), counts)
+        self._plan.update(np.where(known, slots, -1), lengths, counts)
         self._batch = batch
 
     def set_idle(self, launch: bool) -> None:
@@ -325,6 +340,19 @@ class AdapterPool:
         self.set_idle(False)
 
     # ---- helpers
+
+    def _check(self, limited: Ints, counts: CountRows | None) -> None:
+        """Kernels trust these numbers: a wrong one would be a write anywhere."""
+        if not limited.size:
+            return
+        if counts is None:
+            raise ValueError("an adapter with a capacity in the step, and no rows of counts")
+        read, write = counts.read[limited], counts.write[limited]
+        end = self.geometry.count_rows
+        if (read < -1).any() or (read >= end).any() or (write < 0).any() or (write >= end).any():
+            raise ValueError(f"rows of counts must be from 0 to {end - 1}")
+        if np.unique(write).size < write.size or np.isin(write, read).any():
+            raise ValueError("a row of counts that two requests of a step write, or that is read and written")
 
     def _gates(self, slot: int) -> dict[TokenGate, list[int]]:
         """Gates of a slot's adapter by what they decide about experts, as the trace numbers them."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loramux_kernels.weights import Memory, SlotWeights
 
 TABLE_HEAD = 4
-TABLE_PART = 5 + GATE_FIELDS + 2
+TABLE_PART = 5 + GATE_FIELDS + 3
 """Columns of a site's table before the slices, and of each slice."""
 
 
@@ -59,8 +59,8 @@ class Site:
     (device, int64 [slots, TABLE_HEAD + TABLE_PART·slices]) holds, per slot: offset of A in `weights`, of scale in
     `floats` and of expert in `ints`, rows of A; then per slice the first rank row, the rank, the offset of B in
     `weights`, the number of experts (0: no gate), the first router row, the gate as `TokenGate.packed`, and the
-    offsets of mag and bias in `floats`, plus one (0: none). Zeros where the adapter leaves the site alone. Slice j is
-    gate `first_gate` + j of `trace`.
+    offsets of mag and bias in `floats` and of counts in `ints`, plus one (0: none). Zeros where the adapter leaves the
+    site alone. Slice j is gate `first_gate` + j of `trace`.
     """
 
     def __init__(
@@ -98,7 +98,8 @@ class Site:
         for j, part in enumerate(layout.parts):
             row += [first, part.rank, (offset + layout.b[j]) // item]
             row += [part.gate.experts, layout.logits[j], *part.gate.packed()] if part.gate else [0] * (2 + GATE_FIELDS)
-            row += [0 if at is None else (offset + at) // WORD + 1 for at in (layout.mag[j], layout.bias[j])]
+            words = layout.mag[j], layout.bias[j], layout.counts[j]
+            row += [0 if at is None else (offset + at) // WORD + 1 for at in words]
             first += part.rank
         return row
 

@@ -10,7 +10,8 @@ u_y: the one rounding of y; u_h: the rounding of s ⊙ h to the weights' dtype b
 cores need; u_sum: the order and precision of the sums. In a mixture s_r is s_r g_e, and an error δ = u_sum Σ_i |W_ei
 x_i| / temperature of the logits makes one of at most 4 δ g_e of the gate (softmax 2 δ, its renormalisation again);
 where a threshold τ of the token is taken off p, of 2 δ p_e + δ τ before they are normalised (`gate_error`).
-That holds while the same experts are selected: tests keep to inputs whose `margin` is far above δ.
+That holds while the same experts are selected, by the token and, where there is a capacity, by those before it: tests
+keep to inputs whose `margin` is far above δ.
 """
 
 from __future__ import annotations
@@ -179,9 +180,10 @@ class Gates(NamedTuple):
     margin: Tensor
 
 
-def exact_gates(gate: TokenGate, logits: Tensor) -> Gates:
+def exact_gates(gate: TokenGate, logits: Tensor, taken: Tensor | None = None) -> Gates:
     """The gate of float64 logits, a row per token, by sorting: `g_TE`, or `g_TG` with groups.
 
+    `taken_TE`: for a gate with a capacity, whether the expert has room for the token.
     A margin is a distance between scores or between probabilities.
     """
     scores = logits[:, : gate.experts]
@@ -215,7 +217,24 @@ def exact_gates(gate: TokenGate, logits: Tensor) -> Gates:
     if gate.one:
         value = keep.to(p.dtype)
     g = torch.zeros_like(p).scatter(1, order, value)
+    if taken is not None:
+        g = g * taken
     return Gates(_by_group(gate, g), margin)
+
+
+def room(gate: TokenGate, logits: Tensor, sequence: Ints) -> Tensor:
+    """`r_TE`: whether an expert has taken fewer than `capacity` of the earlier tokens of the token's sequence.
+
+    `sequence_T`: which one each token belongs to; all begin here.
+    """
+    selected = exact_gates(replace(gate.router, one=True), logits).g > 0
+    free = torch.empty_like(selected)
+    taken: dict[int, Tensor] = {}
+    for t, number in enumerate(sequence.tolist()):
+        before = taken.get(number, torch.zeros(gate.experts, dtype=torch.int64, device=logits.device))
+        free[t] = before < gate.capacity
+        taken[number] = before + (selected[t] & free[t])
+    return free
 
 
 def gate_error(gate: TokenGate, logits: Tensor, delta: Tensor, tolerance: Tolerance) -> Tensor:
@@ -268,12 +287,13 @@ class Exact(NamedTuple):
 def exact(spec: SiteSpec, adapters: Sequence[Adapter], which: Ints, lengths: Ints, x: Tensor, y: Tensor) -> Exact:
     """The site's result in float64 from the adapters' own tensors: no pool, no plan, no kernel of this package.
 
-    Rows of x and y beyond the lengths' sum are padding, and base rows: their bound is zero.
+    Each request is a whole sequence. Rows of x and y beyond the lengths' sum are padding; their bound and that of base
+    rows is zero.
     """
     tolerance = TOLERANCE[y.dtype]
     out, bound = y.double(), torch.zeros(y.shape, dtype=torch.float64, device=y.device)
     margin = torch.full(y.shape[:1], torch.inf, dtype=torch.float64, device=y.device)
-    of_token = np.repeat(which, lengths)
+    of_token, sequence = np.repeat(which, lengths), np.repeat(np.arange(len(which), dtype=np.int32), lengths)
     for index in np.unique(of_token[of_token >= 0]).tolist():
         rows = torch.from_numpy(np.flatnonzero(of_token == index)).to(y.device)
         xs, column = x[rows].double(), 0
@@ -290,7 +310,7 @@ def exact(spec: SiteSpec, adapters: Sequence[Adapter], which: Ints, lengths: Int
             if w.bias is not None:
                 bias = w.bias.to(y.device).double()
                 total, error = total + bias, error + tolerance.sum * bias.abs()
-            expert, gates, wrong = _experts(w, xs, tolerance)
+            expert, gates, wrong = _experts(w, xs, sequence[of_token == index], tolerance)
             for e in range(gates.g.shape[1]):
                 mine, g = expert == e, gates.g[:, e : e + 1]
                 h = xs @ a[mine].t() * scale[mine]
@@ -303,7 +323,7 @@ def exact(spec: SiteSpec, adapters: Sequence[Adapter], which: Ints, lengths: Int
     return Exact(out, bound, margin)
 
 
-def _experts(w: Weights, x: Tensor, tolerance: Tolerance) -> tuple[Tensor, Gates, Tensor]:
+def _experts(w: Weights, x: Tensor, sequence: Ints, tolerance: Tolerance) -> tuple[Tensor, Gates, Tensor]:
     """Expert of each rank row, the gates of tokens `x_TI`, and the errors `g` may have."""
     if w.gate is None or w.router is None or w.expert is None:
         one = x.new_ones(x.shape[0], 1)
@@ -311,7 +331,8 @@ def _experts(w: Weights, x: Tensor, tolerance: Tolerance) -> tuple[Tensor, Gates
     router = w.router.to(x.device).double()
     delta = tolerance.sum * (x.abs() @ router.abs().t()).amax(1, keepdim=True)
     logits = x @ router.t()
-    return w.expert.to(x.device), exact_gates(w.gate, logits), gate_error(w.gate, logits, delta, tolerance)
+    taken = room(w.gate, logits, sequence) if w.gate.capacity else None
+    return w.expert.to(x.device), exact_gates(w.gate, logits, taken), gate_error(w.gate, logits, delta, tolerance)
 
 
 def clear_inputs(

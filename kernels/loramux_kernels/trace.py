@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loramux_kernels.gates import MAX_EXPERTS, TokenGate
-from loramux_kernels.plan import Ints
+from loramux_kernels.sequences import Ints
 
 TRACE_TOKENS = 256
 

@@ -5,6 +5,7 @@ That memory is the pool's arena, or any other: what is laid out elsewhere is cop
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SliceGate:
-    """A slice's gate, the columns of h (and rows of A) that hold its router, and its int32 `expert_R` (or group)."""
+    """A slice's gate, the columns of h (and rows of A) that hold its router, its int32 `expert_R` (or group), and of a
+    gate with a capacity the int32 `counts_NE` that steps keep (`sequences.py`)."""
 
     rule: TokenGate
     logits: slice
     expert: Tensor
+    counts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,11 @@ class Memory:
             if part.gate:
                 first = layout.logits[j]
                 expert = _words(self.ints, offset + layout.expert + row * WORD, part.rank)
-                gate = SliceGate(part.gate, slice(first, first + part.gate.logits), expert)
+                counts = None
+                if (counts_at := layout.counts[j]) is not None:
+                    shape = layout.count_rows, part.gate.experts
+                    counts = _words(self.ints, offset + counts_at, math.prod(shape)).view(shape)
+                gate = SliceGate(part.gate, slice(first, first + part.gate.logits), expert, counts)
             mag, bias = (
                 None if at is None else _words(self.floats, offset + at, d_out)
                 for at in (layout.mag[j], layout.bias[j])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import loramux_kernels as lk
 from loramux_kernels import AdapterPool, SiteSpec, TokenGate
-from loramux_kernels.plan import Ints
+from loramux_kernels.sequences import Ints
 from loramux_kernels.testing import POPULARITIES, mixed, ragged_batch, random_adapter
 
 DEVICE = "cuda"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import loramux_kernels as lk
-from loramux_kernels import AdapterPool, SiteSpec
+from loramux_kernels import AdapterPool, CountRows, SiteSpec
 from loramux_kernels.testing import POPULARITIES, Adapter, Ints, clear_inputs, exact, load, ragged_batch, worst
 
 BITS = {
@@ -68,3 +68,17 @@ def check_against_float64(
                 got = apply(pool, index, x, y)
                 assert worst(got, exact(spec, adapters, which, lengths, x, y)) <= 1
                 assert same_bits(got[base], y[base])
+
+
+class Sequenced:
+    """Rows of counts of a fixed set of requests, as an engine would keep them: request i has rows 2i and 2i + 1."""
+
+    def __init__(self, requests: int) -> None:
+        self._at = np.zeros(requests, np.int32)
+
+    def step(self, done: Sequence[int], lengths: Ints) -> CountRows:
+        """For a step in which so many tokens of each request have been `done` before; those without tokens wait."""
+        own = 2 * np.arange(len(self._at), dtype=np.int32)
+        read, write = own + self._at, own + 1 - self._at
+        self._at ^= lengths > 0
+        return CountRows(np.where(np.asarray(done) > 0, read, -1).astype(np.int32), write.astype(np.int32))

@@ -256,7 +256,7 @@ def test_layouts_that_do_not_fit_change_nothing() -> None:
 def test_layers_that_are_alike_share_a_layout() -> None:
     """What an adapter says about its sites is small, however many there are."""
     specs = tuple(SiteSpec(f"l{i}.o", (f"l{i}.o",), 32, (24,)) for i in range(100))
-    layouts = lk.Geometry(specs, torch.bfloat16, 16).layouts({f"l{i}.o": 4 + (i == 7) for i in range(100)})
+    layouts = lk.Geometry(specs, torch.bfloat16, 16, 8).layouts({f"l{i}.o": 4 + (i == 7) for i in range(100)})
     assert len({id(layout) for layout in layouts.values()}) == 2
     assert len(pickle.dumps(layouts)) < 2000
 

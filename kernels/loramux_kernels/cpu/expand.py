@@ -5,8 +5,11 @@ One gate and one product per adapter and slice.
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
+from loramux_kernels.cpu.capacity import accepted
 from loramux_kernels.cpu.gate import gate
 from loramux_kernels.sites import Site
 
@@ -26,7 +29,13 @@ def expand(site: Site, y: Tensor, h: Tensor) -> None:
                 logits = rows[:, part.gate.logits]
                 if site.trace.on:
                     site.trace.put(site.first_gate + part.index, tokens, logits)
-                g = gate(part.gate.rule, logits)
+                accept = None
+                if part.gate.counts is not None:
+                    places = site.plan.sequences.places[tokens]
+                    accept = functools.partial(
+                        accepted, capacity=part.gate.rule.capacity, counts=part.gate.counts, places=places
+                    )
+                g = gate(part.gate.rule, logits, accept)
                 h_part = h_part * g.index_select(1, part.gate.expert)
             if y.dtype != h.dtype or part.mag is not None or part.bias is not None:
                 total = y[tokens, part.cols].to(h.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,9 +17,14 @@ def probabilities(rule: TokenGate, logits: Tensor) -> Tensor:
     return torch.softmax((scores.abs() if rule.absolute else scores) / rule.temperature, 1)
 
 
-def gate(rule: TokenGate, logits: Tensor) -> Tensor:
-    """Weight of each expert or group for these logits, a row per token; dtype of the logits. Definition: `gates.py`."""
-    g = _expert_weights(rule, logits)
+def gate(rule: TokenGate, logits: Tensor, accept: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Weight of each expert or group for these logits, a row per token; dtype of the logits. Definition: `gates.py`.
+
+    `accept`: for a gate with a capacity, which of the selections `s_TE` the experts still take; without it, all.
+    """
+    g, selected = _expert_weights(rule, logits)
+    if accept is not None:
+        g = g * accept(selected)
     return g @ members(rule.groups, rule.experts).to(g) if rule.groups else g
 
 
@@ -28,7 +34,8 @@ def members(groups: tuple[int, ...], experts: int) -> Tensor:
     return torch.tensor([[group >> e & 1 for group in groups] for e in range(experts)], dtype=torch.float32)
 
 
-def _expert_weights(rule: TokenGate, logits: Tensor) -> Tensor:
+def _expert_weights(rule: TokenGate, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`g_TE` before groups, and whether each is selected."""
     p = probabilities(rule, logits)
     if rule.select == "all":
         selected = torch.ones_like(p, dtype=torch.bool)
@@ -45,9 +52,9 @@ def _expert_weights(rule: TokenGate, logits: Tensor) -> Tensor:
         before = (other > mine) | ((other == mine) & lower_index)
         selected = before.sum(2) < rule.k if rule.select == "top_k" else (before * other).sum(2) < rule.p
     if rule.one:
-        return selected.to(p.dtype)
+        return selected.to(p.dtype), selected
     g = p * selected
     if rule.renormalise:
         total = g.sum(1, keepdim=True)
         g = g / torch.where(total > 0, total + rule.eps, 1)
-    return g
+    return g, selected

@@ -8,8 +8,12 @@ from torch import Tensor
 from loramux_kernels.gates import TokenGate
 
 
-def gate(rule: TokenGate, logits: Tensor) -> Tensor:
-    """Weight of each expert, or of each group, for a token with these `logits`, in their dtype."""
+def gate(rule: TokenGate, logits: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Weight of each expert, or of each group, for a token with these `logits`, in their dtype.
+
+    `counts_E!`: how many earlier tokens of its sequence selected each expert; this token is added. Without it there is
+    no capacity.
+    """
     scores = logits[: rule.experts]
     scores = (scores.abs() if rule.absolute else scores) / rule.temperature
     p = torch.softmax(scores, 0)
@@ -30,6 +34,9 @@ def gate(rule: TokenGate, logits: Tensor) -> Tensor:
     # Experts just at their threshold are selected and weigh nothing.
     elif (total := p[ranked].sum()) > 0:
         g[ranked] = p[ranked] / (total + rule.eps if rule.renormalise else 1)
+    if counts is not None:
+        g[counts >= rule.capacity] = 0
+        counts[ranked] += 1
     if not rule.groups:
         return g
     return torch.stack([g[[e for e in range(rule.experts) if group >> e & 1]].sum() for group in rule.groups])

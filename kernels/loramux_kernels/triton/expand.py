@@ -85,7 +85,7 @@ def expand_kernel(
     row = table + slot.to(tl.int64) * table_stride
     part = row + HEAD + PART * tl.load(block)
     rank = tl.load(part + 1).to(tl.int32)
-    if (rank == 0) & (tl.load(part + PART - 2) == 0) & (tl.load(part + PART - 1) == 0):
+    if (rank == 0) & (tl.load(part + PART - 3) == 0) & (tl.load(part + PART - 2) == 0):
         return
     first_o = tl.multiple_of(tl.load(block + 1), BO)
     size_o = tl.load(block + 2) * UNIT
@@ -138,8 +138,8 @@ def expand_kernel(
         # Rows that begin anywhere need an address and a mask per element, which leave no registers to keep y in.
         before = tl.load(out, mask=mask, other=0.0)
     total = before.to(tl.float32)
-    mag_at = tl.load(part + PART - 2)
-    bias_at = tl.load(part + PART - 1)
+    mag_at = tl.load(part + PART - 3)
+    bias_at = tl.load(part + PART - 2)
     if mag_at != 0:
         total *= tl.load(floats + tl.multiple_of(mag_at - 1, UNIT) + o, mask=mo, other=0.0)[None, :]
     total += acc
