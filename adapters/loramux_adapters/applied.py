@@ -20,7 +20,8 @@ Observer = Callable[[str, torch.Tensor], object]
 
 
 class AppliedSite:
-    """One site in float32. The adapter passed `check_servable`."""
+    """One site in float32. The adapter passed `check_servable`, and none of its gates has a capacity: that counts the
+    tokens of a sequence, of which a call brings any."""
 
     def __init__(self, site: LoweredSite, gate: Gate | None) -> None:
         self._a = site.expanded_a.float()

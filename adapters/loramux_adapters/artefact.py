@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterNotFound, shown
 from loramux_adapters.lowered import LoweredAdapter
-from loramux_adapters.native import METADATA_KEY, SUFFIX, digest_of, read_native, write_native
+from loramux_adapters.native import METADATA_KEY, SUFFIX, digest_of, has_capacity, read_native, write_native
 from loramux_adapters.tasks import at_task, task_count
 from loramux_adapters.verify import check_form
 
@@ -107,6 +107,15 @@ def stored(path: Path) -> LoweredAdapter:
     if f"{native.digest}{SUFFIX}" != path.name:
         raise _damaged(path, "its digest is not its name")
     return native.adapter
+
+
+def is_limited(path: Path) -> bool:
+    """Whether the adapter in an artefact is `limited`; reads its description, no tensor and no digest.
+
+    Raises SafetensorError, OSError or ValueError if there is no such file or description.
+    """
+    with safe_open(path, framework="pt") as file:
+        return has_capacity((file.metadata() or {}).get(METADATA_KEY, ""))
 
 
 def is_intact(path: Path, digest: str) -> bool:

@@ -12,11 +12,12 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def pool_bytes(adapter: LoweredAdapter, base: BaseModel, dtype: torch.dtype) -> int:
-    """Bytes in a pool of this dtype: rank rows, routers, magnitudes, biases and tables, alignment included.
+    """Bytes in a pool of this dtype: rank rows, routers, magnitudes, biases and tables, alignment included; without
+    the counts that a capacity keeps for each request that may run, 8 bytes per expert and site.
 
     The adapter passed `check_servable`.
     """
-    geometry = Geometry(site_specs(base), dtype, max(1, adapter.rank))
+    geometry = Geometry(site_specs(base), dtype, max(1, adapter.rank), count_rows=0)
     return sum(layout.nbytes for layout in geometry.layouts(**reservation(adapter, base.biased)).values())
 
 

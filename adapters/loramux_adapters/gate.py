@@ -7,6 +7,7 @@
     S = select(l or p)                   ties go to the lowest expert; S may be empty: then g = 0
     g = p on S, 0 elsewhere              ADAPTIVE: p − τ(v) on S
                                          norm: as they are, or divided by their sum + eps; value `one`: 1 on S
+    g[e] = 0 where `capacity` earlier tokens of the sequence have e in their S; the other g stay as they are
     g'[e'] = Σ_{e: expert_map[e] = e'} g[e]
 
 softmax → top-k → renormalise equals top-k → softmax, so one normaliser serves MoLA, MixLoRA, MoLE and Arrow.
@@ -85,7 +86,10 @@ class CapacityScope(StrEnum):
 
 @dataclass(frozen=True)
 class Capacity:
-    """At most `tokens` tokens per expert in one sequence, the first ones in position order."""
+    """At most `tokens` tokens per scored expert in one sequence, for each site: the first that select it, by position.
+
+    So what a token gets depends on those before it, and the KV cache of a prefix does not tell how it was reached.
+    """
 
     tokens: int
     scope: CapacityScope = CapacityScope.SEQUENCE

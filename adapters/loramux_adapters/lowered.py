@@ -150,6 +150,12 @@ class LoweredAdapter:
         return replace(self, sites={module: replace(site, variance=None) for module, site in self.sites.items()})
 
     @property
+    def limited(self) -> bool:
+        """Whether an expert takes a limited number of tokens of a sequence: then a token's output depends on earlier
+        ones in a way that the KV cache does not hold, and a cached prefix is of no use."""
+        return any(gate.capacity is not None for gate in self.gates.values())
+
+    @property
     def dtype(self) -> str:
         """The dtype of A and B, e.g. "bfloat16"; "mixed" if they differ."""
         names = {str(t.dtype).removeprefix("torch.") for s in self.sites.values() for t in (s.a, s.b)}

@@ -182,6 +182,12 @@ class _Tensors:
             )
 
 
+def has_capacity(text: str) -> bool:
+    """Whether some gate of a description that `write_native` made has a capacity. Raises ValueError if it is none."""
+    gates: dict[str, dict[str, Any]] = json.loads(text).get("gates", {})
+    return any("capacity" in gate for gate in gates.values())
+
+
 def _check_format(top: Fields) -> None:
     name, version = top.text("format"), top.integer("version")
     if name != FORMAT or version != VERSION:

@@ -65,7 +65,6 @@ def _gate_obstacles(gate: Gate) -> Iterator[tuple[str, str]]:
     for field, present in (
         ("bias", gate.bias is not None),
         ("hidden", bool(gate.hidden)),
-        ("capacity", gate.capacity is not None),
     ):
         if present:
             yield field, "is not run yet"

@@ -53,6 +53,7 @@ def token_gate(gate: Gate, site: LoweredSite) -> TokenGate:
         groups=tuple(_members(gate)[index] for index in used_weights(gate, site))
         if gate.expert_map is not None
         else (),
+        capacity=gate.capacity.tokens if gate.capacity is not None else 0,
     )
 
 

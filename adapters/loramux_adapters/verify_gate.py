@@ -68,8 +68,8 @@ def _broken_rules(gate: Gate) -> Iterator[tuple[str, str]]:
         yield "pre_eps", f"is {gate.pre_eps}, not positive and finite"
     if gate.task is not None and gate.kind is GateKind.TASK and not 0 <= gate.task < gate.tasks:
         yield "task", f"is {gate.task}, not 0 to {gate.tasks - 1}"
-    if gate.capacity is not None and gate.capacity.tokens < 1:
-        yield "capacity.tokens", f"is {gate.capacity.tokens}, not at least 1"
+    if gate.capacity is not None and not 1 <= gate.capacity.tokens < 1 << 31:
+        yield "capacity.tokens", f"is {gate.capacity.tokens}, not at least 1 and below 2^31"
 
 
 def _misplaced(gate: Gate) -> Iterator[tuple[str, str]]:

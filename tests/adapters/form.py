@@ -13,9 +13,9 @@ from .hooks import Change, changed
 
 
 def gate_values(gate: Gate, x: torch.Tensor) -> torch.Tensor:
-    """g [tokens, E'] of a token gate on the site's input x [tokens, d_in]; with a map g' and behind it g."""
+    """g [tokens, E'] of a token gate on the input x [tokens, d_in] of a sequence; with a map g' and behind it g."""
     assert (gate.kind, gate.source) == (GateKind.TOKEN, GateSource.SITE_INPUT)
-    assert (gate.hidden, gate.capacity) == ((), None)
+    assert gate.hidden == ()
     x = x.double()
     if gate.pre is PreMap.LAYER_NORM:
         x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + gate.pre_eps).sqrt()
@@ -45,6 +45,9 @@ def gate_values(gate: Gate, x: torch.Tensor) -> torch.Tensor:
         values = torch.where(total > 0, values / total, 0.0)
     if gate.value is GateValue.ONE:
         values = chosen.double()
+    if gate.capacity is not None:
+        for e in range(gate.scored):
+            values[chosen[:, e].nonzero()[gate.capacity.tokens :, 0], e] = 0
     if gate.expert_map is None:
         return values
     groups = torch.zeros(len(x), gate.experts, dtype=torch.float64).index_add(1, gate.expert_map.long(), values)

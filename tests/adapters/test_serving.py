@@ -78,7 +78,6 @@ def test_served(gate: Any) -> None:
         (make_gate(norm=Norm.NONE), "norm"),
         (make_gate(bias=torch.ones(2)), "bias"),
         (make_gate(hidden=((torch.ones(24, 24), torch.ones(24)),)), "hidden"),
-        (make_gate(capacity=Capacity(4)), "capacity"),
         (make_gate(**TABLE | {"task": None}), "task"),
         (make_gate(select=Select.TOP_K, k=1, **TABLE), "select"),
         (make_gate(post=PostMap.ABS, **TABLE), "post"),

@@ -116,8 +116,8 @@ attack(MISSING, "adamole: threshold without its matrix")(
 
 # SiRA and MALoRA
 
-attack(UNSUPPORTED, "sira: a capacity, which is not served")(_changed("sira", capacity=1 << 30))
-attack(INVALID, "sira: a capacity that overflows")(_changed("sira", capacity=-1))
+attack(INVALID, "sira: a capacity that overflows")(_changed("sira", capacity=1 << 31))
+attack(INVALID, "sira: a negative capacity")(_changed("sira", capacity=-1))
 attack(SHAPE, "sira: a router for other experts")(_changed("sira", tensors={GATING: torch.ones(EXPERTS + 1, WIDTH)}))
 attack(SHAPE, "malora: a subspace that lies")(_changed("malora", shared_rank=1 << 40))
 attack("adapter_not_finite", "malora: products beyond float32")(

@@ -154,6 +154,7 @@ ROWS: dict[str, Row] = {
     "reslora": _row("reslora", reslora, lora_alpha=0.3, pre_num=2, target_modules="q.v"),
     "scalabl": _row("scalabl", scalabl, lora_alpha=0.3),
     "sira": _row("sira", sira, lora_alpha=0.3),
+    "sira, capacity": _row("sira", sira, lora_alpha=0.4, capacity=8, target_modules=["q_proj", "down_proj"]),
     "swag": _row("swag", swag, lora_alpha=0.002, n_models=3, target_modules=["q_proj", "up_proj"]),
 }  # fmt: skip
 

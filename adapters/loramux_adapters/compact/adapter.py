@@ -68,6 +68,10 @@ def check_compactable(adapter: LoweredAdapter) -> None:
     """Raises AdapterUnsupportedFeature naming what stands in the way."""
     check_servable(adapter)
     for name, gate in sorted(adapter.gates.items()):
+        if gate.capacity is not None:
+            raise _unsupported(
+                f"gates.{name}.capacity", "what it costs would have to be counted per sequence", "It stays as it is."
+            )
         if gate.expert_map is not None:
             raise _unsupported(f"gates.{name}.expert_map", "its experts are merged already", "Compact the original.")
     for module, site in sorted(adapter.sites.items()):

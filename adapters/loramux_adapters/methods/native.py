@@ -25,7 +25,7 @@ class Native:
         write=True,
         serve="what the data plane runs",
         router="any",
-        prefix_cache="whatever is served",
+        prefix_cache="whatever is served without a `capacity`",
         posterior="any",
     )
 

@@ -13,7 +13,8 @@ an adapter_config.json with `peft_type: "SIRA"`, PEFT's LoRA fields and
     num_experts, top_k   required
     gate_norm            "renorm" (default) as above, or "softmax": p as it is
     capacity             null (default, no limit: training's limit balances load) or C, the tokens of each expert in one
-                         sequence; the data plane does not run it yet
+                         sequence, prompt and answer together, at each router. An absolute number: what training derives
+                         it from, a factor times k · tokens / E over a batch perhaps, is unknown when an answer begins
 
 with tensors named like AdaMoLE's: `lora_A.{e}.weight`, `lora_B.{e}.weight`, `lora_gating.weight`. Expert dropout is for
 training only.
@@ -58,9 +59,9 @@ class Sira:
     name = "sira"
     abilities = Abilities(
         (Layout("SiRA", OURS, ("SIRA",), keys=r".+\.lora_gating\..+"),),
-        serve="without `capacity`, which is not run yet",
         exact=OUR_READING,
         router="token",
+        prefix_cache="without `capacity`; with one every prompt is computed",
     )
 
     def detect(self, folder: AdapterFolder) -> bool:

@@ -122,6 +122,8 @@ def _gate(gate: Mapping[str, Any], scored: int, experts: int) -> str:
     argument = next((gate[name] for name in ("k", "p", "threshold", "tau_max") if name in gate), None)
     chosen = select if argument is None else f"{select} {argument}"
     rest = [f"{name} {gate[name]}" for name in ("source", "pre", "post", "norm", "value") if name in gate]
+    if capacity := gate.get("capacity"):
+        rest.append(f"at most {capacity['tokens']} tokens of a sequence each")
     shared = f" in {experts} groups" if experts < scored else ""
     return ", ".join([f"{gate.get('kind', 'token')}, {chosen} of {scored} experts{shared}", *rest])
 

@@ -49,10 +49,14 @@ class _Load:
 
 
 class Loads:
-    """Versions on their way into the pool, one after the other. Whoever asks for one moves the first of them on."""
+    """Versions on their way into the pool, one after the other. Whoever asks for one moves the first of them on.
 
-    def __init__(self, pool: AdapterPool, staging: Staging) -> None:
+    `uncountable`: why this engine cannot serve an adapter with a capacity, if it cannot (`sequences.py`).
+    """
+
+    def __init__(self, pool: AdapterPool, staging: Staging, uncountable: str | None = None) -> None:
         self._pool = pool
+        self._uncountable = uncountable
         self._staging = staging
         self._copies = Copies(pool.device)
         self._loads: dict[int, _Load] = {}  # by version id, in the order in which they were begun
@@ -118,6 +122,10 @@ class Loads:
                 return False
             case Planned() as planned:
                 load.planned = planned
+                if self._uncountable and any(layout.limited for layout in planned.layouts.values()):
+                    message = f"The adapter has a capacity, and this engine cannot count tokens: {self._uncountable}."
+                    self._fail(load, _error("adapter_unservable", message))
+                    return True
                 load.slot = self._pool.reserve_laid_out(planned.layouts)
                 self._copies.wait_for_steps()
             case Staged() as staged:

@@ -15,10 +15,11 @@ from vllm.lora.request import LoRARequest
 
 from loramux.engine.loads import Arrived, Loads
 from loramux.engine.routing import RoutingMonitor
+from loramux.engine.sequences import CountedSequences, uncountable
 from loramux.engine.settings import DataPlaneSettings
 from loramux.engine.wrappers import base_biases, find_sites, wrap
 from loramux.staging import Setup, Staging
-from loramux_kernels import AdapterPool
+from loramux_kernels import AdapterPool, CountRows
 
 logger = init_logger("vllm.loramux")
 
@@ -38,6 +39,7 @@ class AdapterManager:
         self._slots: dict[int, int] = {}  # version id -> slot
         self._in_dummy_run = False
         self.missing: set[str] = set()
+        self.sequences: CountedSequences
         self.pool: AdapterPool
         self.loads: Loads
         self.routing: RoutingMonitor
@@ -58,8 +60,9 @@ class AdapterManager:
             device=self._device,
         )
         self.routing = RoutingMonitor(self.pool)
+        self.sequences = CountedSequences(scheduler.max_num_seqs)
         setup = Setup.of(self.pool, base_biases(model, specs))
-        self.loads = Loads(self.pool, Staging(setup, pin=self._device.type == "cuda"))
+        self.loads = Loads(self.pool, Staging(setup, pin=self._device.type == "cuda"), uncountable(self._config))
         wrap(model, specs, self.pool.site_ids, [self.pool.h_width(i) for i in range(len(specs))])
         self.pool.warmup()
         logger.info("loramux: %d sites, %.0f MiB of adapter memory", len(specs), self.pool.capacity_bytes / 2**20)
@@ -72,13 +75,18 @@ class AdapterManager:
         ids = version_ids.tolist()
         slots = np.fromiter((self._slots.get(i, -1) for i in ids), dtype=np.int32, count=len(ids))
         try:
-            self.pool.set_batch(slots, np.ascontiguousarray(lengths, dtype=np.int32))
+            counts = self._count_rows(slots, lengths, request_ids)
+            self.pool.set_batch(slots, np.ascontiguousarray(lengths, dtype=np.int32), counts)
         except Exception:
             logger.exception("no adapter could be applied in this step: its requests end with an error")
             slots.fill(-1)
             self.pool.set_idle(False)
         self.uncritical(self.routing.before, slots, lengths, request_ids)
         self.missing = {request_ids[row] for row, i in enumerate(ids) if i and slots[row] < 0}
+
+    def scheduled(self, scheduler_output: Any) -> None:
+        """vLLM's SchedulerOutput of the coming step."""
+        self.sequences.scheduled(scheduler_output)
 
     def forward_issued(self) -> None:
         """The ops of the step have been issued to the device."""
@@ -141,6 +149,19 @@ class AdapterManager:
             "resident": len(self._slots),
             "slots": pool.slots,
         }
+
+    def _count_rows(self, slots: np.ndarray, lengths: np.ndarray, request_ids: Sequence[str]) -> CountRows | None:
+        """Where the step's counts are, if an adapter of it has a capacity. Gives those no adapter who have none."""
+        places = self.pool.limited(slots)
+        if not places.size:
+            return None
+        rows, lost = self.sequences.rows(places, lengths, request_ids)
+        for place in lost:
+            logger.error(
+                "request %s began behind tokens that were not counted: it ends with an error", request_ids[place]
+            )
+        slots[lost] = -1
+        return rows
 
     # -- what vLLM's runners call on `runner.lora_manager`
 

@@ -39,6 +39,7 @@ class LoramuxWorker(PlatformWorker):
         hooks.install_scoring(self.model_runner, self._scoring, self._entropies)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        self._adapters.scheduled(scheduler_output)
         self._adapters.uncritical(self._watch, scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
         self._adapters.forward_issued()

@@ -14,6 +14,7 @@ from loramux_adapters.compact.options import Grouping, Similarity
 from loramux_adapters.compact.report import module_errors
 from loramux_adapters.compact.statistics import from_texts
 from loramux_adapters.footprint import pool_bytes
+from loramux_adapters.gate import Capacity
 from loramux_adapters.native import digest_of
 
 from ..checkpoints import BASE
@@ -122,6 +123,11 @@ def mapped() -> LoweredAdapter:
     return replace(adapter, gates={name: replace(gate, expert_map=zeros) for name, gate in adapter.gates.items()})
 
 
+def limited() -> LoweredAdapter:
+    adapter = mixture((2, 1))
+    return replace(adapter, gates={n: replace(g, capacity=Capacity(3)) for n, g in adapter.gates.items()})
+
+
 def statistics_of(adapter: LoweredAdapter) -> dict[str, RouterStatistics]:
     return {
         name: RouterStatistics(torch.full((gate.scored,), 1 / gate.scored).double(), torch.eye(gate.scored).double())
@@ -136,6 +142,7 @@ def statistics_of(adapter: LoweredAdapter) -> dict[str, RouterStatistics]:
         (mixture((2, 1)), Options(experts=3), True, "experts"),
         (mixture((2, 1)), Options(experts=1), False, "calibration"),
         (mapped(), Options(experts=1), True, "gates.g0.expert_map"),
+        (limited(), Options(rank=1), True, "gates.g0.capacity"),
         (plain(magnitude=torch.ones(1, 40)), Options(rank=1), True, f"sites.{UP}.magnitude"),
         (LoweredAdapter("mola", {Q: make_site(Q, gate="q")}, gates={"q": make_gate(17)}), Options(rank=1), True,
          "gates.q.weights"),

@@ -33,12 +33,21 @@ def make_tensors(config=None, base=BASE, dtype=torch.float32, seed=0):
 
 
 def delta(config, tensors, module, x):
+    """x: one sequence, from its first token on."""
     place, s = PREFIX + module, config["lora_alpha"] / config["r"]
     p = torch.softmax(x.double() @ tensors[f"{place}.lora_gating.weight"].double().T, 1)
     kept = p >= p.topk(config["top_k"]).values[:, -1:]
     g = p * kept
     if config.get("gate_norm", "renorm") == "renorm":
         g = g / g.sum(1, keepdim=True)
+    if (capacity := config.get("capacity")) is not None:
+        for e in range(config["num_experts"]):
+            tokens = 0
+            for t in range(len(x)):
+                if kept[t, e]:
+                    tokens += 1
+                    if tokens > capacity:
+                        g[t, e] = 0
     total = 0
     for e in range(config["num_experts"]):
         a, b = (tensors[f"{place}.lora_{factor}.{e}.weight"].double() for factor in "AB")

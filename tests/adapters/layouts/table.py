@@ -152,7 +152,7 @@ SAMPLES = (
         spare=_REPEATED, foreign={"threshold": 0.2, "top_k": 2, "max_threshold": 2},
     ),
     _sample("sira", "SiRA (loramux)", sira, foreign={**_SELECTED, "capacity": "auto"}),
-    _sample("sira", "SiRA (loramux)", sira, config={"capacity": 9}, served=False),
+    _sample("sira", "SiRA (loramux)", sira, config={"capacity": 2}, foreign={"capacity": 2.5}),
     _sample("malora", "MALoRA (loramux)", malora, foreign=_SELECTED),
     _sample(
         "moelora", "MOELoRA (liuqidong07/MOELoRA-peft)", moelora, config={"task_id": 2},

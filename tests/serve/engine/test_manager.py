@@ -15,9 +15,11 @@ import torch
 from loramux.engine.loads import Loads
 from loramux.engine.manager import AdapterManager
 from loramux.engine.routing import RoutingMonitor
+from loramux.engine.sequences import CountedSequences
 from loramux.engine.settings import DataPlaneSettings
 from loramux.staging import Setup, Staging
 from loramux_adapters.artefact import digest_of, write_artefact
+from loramux_adapters.gate import Capacity, Gate
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_kernels import AdapterPool, SiteSpec, expand, shrink
 
@@ -46,6 +48,7 @@ def make_manager(
     slots: int = 4,
     *,
     setup: Mapping[str, Any] = {},
+    uncountable: str | None = None,
 ) -> AdapterManager:
     settings = DataPlaneSettings(adapter_bytes=capacity_bytes, slots=slots, max_rank=16)
     manager = AdapterManager(SimpleNamespace(additional_config=settings.as_config()), torch.device("cpu"))  # type: ignore[arg-type]
@@ -60,8 +63,10 @@ def make_manager(
         device="cpu",
     )
     manager.routing = RoutingMonitor(manager.pool)
+    manager.sequences = CountedSequences(8)
     options = {"base_biases": {}, "piece_bytes": ENOUGH, **setup}
-    manager.loads = Loads(manager.pool, Staging(Setup(manager.pool.geometry, **options), launch=launch_thread))
+    staging = Staging(Setup(manager.pool.geometry, **options), launch=launch_thread)
+    manager.loads = Loads(manager.pool, staging, uncountable)
     _made.append(manager)
     return manager
 
@@ -168,6 +173,70 @@ def test_magnitude_and_bias_are_served_and_the_bases_own_bias_stays(tmp_path: Pa
     expected[2:, 36:] = magnitude * linear[2:, 36:] + b0[36:]
     torch.testing.assert_close(y, expected)
     assert torch.equal(y[:2], (linear + b0)[:2])
+
+
+@pytest.fixture
+def limited(tmp_path: Path) -> str:
+    """Two experts, both of which every token selects, and which take three tokens of a sequence."""
+    generator = torch.Generator().manual_seed(3)
+    site = LoweredSite(
+        torch.randn(4, 24, generator=generator),
+        torch.randn(4, 24, generator=generator),
+        torch.ones(4),
+        gate="q",
+        expert=torch.tensor([0, 0, 1, 1], dtype=torch.int32),
+    )
+    gate = Gate(torch.randn(2, 24, generator=generator), capacity=Capacity(3))
+    adapter = LoweredAdapter("sira", {"q_proj": site}, gates={"q": gate})
+    return str(write_artefact(adapter, "base", digest_of(adapter), tmp_path))
+
+
+def scheduled(manager: AdapterManager, begins: Mapping[str, int], finished: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    cached = SimpleNamespace(req_ids=list(begins), num_computed_tokens=list(begins.values()))
+    manager.scheduled(
+        SimpleNamespace(
+            scheduled_new_reqs=[], scheduled_cached_reqs=cached, finished_req_ids=finished, preempted_req_ids=None
+        )
+    )
+
+
+def served(manager: AdapterManager, tokens: int) -> list[bool]:
+    """Which tokens of the step the adapter changes."""
+    return [bool(row) for row in delta(manager, tokens).any(1)]
+
+
+def test_tokens_of_a_sequence_are_counted_over_steps(limited: str) -> None:
+    manager = make_manager()
+    load(manager, 1, limited)
+    scheduled(manager, {"r0": 0, "r1": 0, "r2": 0})
+    step(manager, [1, 0, 1], [2, 5, 4])
+    assert served(manager, 11) == [True] * 2 + [False] * 5 + [True] * 3 + [False]
+    scheduled(manager, {"r0": 2, "r1": 4})  # r1 has the place that r2 had not
+    manager.step(np.array([1, 1], np.int64), np.array([2, 1], np.int32), ["r0", "r2"])
+    assert manager.missing == {"r2"}, "nobody said where it begins"
+    assert served(manager, 3) == [True, False, False]
+    scheduled(manager, {"r0": 4, "r1": 0}, finished={"r2"})
+    step(manager, [1, 1], [1, 1])
+    assert served(manager, 2) == [False, True] and manager.missing == set()
+
+
+def test_a_request_whose_prefix_was_not_counted_ends_with_an_error(limited: str, artefact: Callable[..., str]) -> None:
+    manager = make_manager()
+    load(manager, 1, limited)
+    load(manager, 2, artefact(1))
+    scheduled(manager, {"r0": 16, "r1": 16, "r2": 0})
+    step(manager, [1, 2, 1], [2, 2, 2])
+    assert manager.missing == {"r0"}
+    assert served(manager, 6) == [False] * 2 + [True] * 4
+
+
+def test_an_engine_that_takes_tokens_back_refuses_a_capacity(limited: str, artefact: Callable[..., str]) -> None:
+    manager = make_manager(uncountable="it drafts")
+    answer = load(manager, 1, limited)
+    assert answer["state"] == "failed" and answer["error"]["code"] == "adapter_unservable"
+    assert "it drafts" in answer["error"]["message"]
+    assert manager.pool.used_bytes == 0
+    assert load(manager, 2, artefact(1))["state"] == "resident"
 
 
 @pytest.mark.parametrize(("piece_bytes", "pauses"), [(128, 26), (1152, 3), (2176, 2), (3328, 1)])

@@ -21,7 +21,7 @@ from loramux_adapters.artefact import digest_of, write_artefact
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_kernels import Geometry, Memory, SiteSpec
 
-SETUP = Setup(Geometry((SiteSpec("o_proj", ("o_proj",), 24, (16,)),), torch.bfloat16, 64), {}, 256, 2)
+SETUP = Setup(Geometry((SiteSpec("o_proj", ("o_proj",), 24, (16,)),), torch.bfloat16, 64, 16), {}, 256, 2)
 SITE = LoweredSite(torch.randn(5, 24), torch.randn(5, 16), torch.rand(5))
 
 ENGINE = """
