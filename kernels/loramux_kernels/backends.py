@@ -61,7 +61,7 @@ def select(requested: str | None, device: torch.device, dtype: torch.dtype) -> B
         from loramux_kernels.triton import shrink as t_shrink
         from loramux_kernels.triton import warmup as t_warmup
 
-        return Backend(name, t_shrink.shrink, t_expand.expand, t_warmup.warmup)
+        return Backend(name, t_shrink.shrink, t_expand.expand, t_warmup.warmup, capacity=True)
     if name == "cpu":
         from loramux_kernels.cpu import expand as c_expand
         from loramux_kernels.cpu import shrink as c_shrink

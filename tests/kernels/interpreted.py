@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 import torch
-from applied import same_bits
+from applied import Sequenced, same_bits
 
 from loramux_kernels import AdapterPool, SiteSpec, TokenGate
 from loramux_kernels.ops.shrink import PLANE_ROWS
@@ -151,6 +151,58 @@ def check_ties(rule: TokenGate) -> bool:
     return error <= 1
 
 
+def check_capacity(dtype: torch.dtype, lengths: list[int], steps: list[list[int]], generator: torch.Generator) -> bool:
+    """Sequences of two adapters with a capacity, one without and the base, in steps that cut them into chunks."""
+    spec = SiteSpec("pair", ("q", "k"), 64, (96, 48))
+    gates = (
+        {
+            "q": TokenGate(4, "top_k", k=2, capacity=9),
+            "k": TokenGate(7, "threshold", threshold=0.15, one=True, capacity=20, groups=(0b0011011, 0b1111111)),
+        },
+        {"k": TokenGate(16, "top_k", k=5, capacity=40)},
+        {"q": TokenGate(3, "adaptive", threshold=0.3)},
+    )
+    made = [random_adapter([spec], {"q": 12, "k": 20}, dtype, generator) for _ in gates]
+    adapters = [mixed(a, rules, generator) for a, rules in zip(made, gates, strict=True)]
+    pool = AdapterPool(
+        [spec],
+        capacity_bytes=1 << 20,
+        slots=4,
+        max_rank=MAX_RANK,
+        max_tokens=320,
+        max_requests=8,
+        dtype=dtype,
+        device="cpu",
+        backend="triton",
+    )
+    slots = np.array([*(load(pool, a) for a in adapters), -1], np.int32)
+    which, counts = np.array([0, 1, -1, 0, 2, 0], np.int32), np.array(lengths, np.int32)
+    draw = lambda: torch.randn(sum(lengths), spec.d_in, generator=generator).to(dtype)  # noqa: E731
+    x = clear_inputs(spec, adapters, which, counts, draw)
+    y = torch.randn(sum(lengths), 144, generator=generator).to(dtype)
+    before, site, sequences = y.clone(), lookup(pool.site_ids[0]), Sequenced(len(lengths))
+    begin, done = np.cumsum([0, *lengths[:-1]]), np.zeros(len(lengths), int)
+    for step in steps:
+        rows = np.concatenate([np.arange(b + d, b + d + n) for b, d, n in zip(begin, done, step, strict=True)])
+        taken: np.ndarray = np.array(step, np.int32)
+        pool.set_batch(slots[which], taken, sequences.step(done, taken))
+        part, h = y[rows], torch.full((len(rows) + PLANE_ROWS, site.rows), float("nan"))
+        site.backend.shrink(site, x[rows].contiguous(), h)
+        site.backend.expand(site, part, h)
+        y[rows], done = part, done + taken
+    error = worst(y, exact(spec, adapters, which, counts, x, before))
+    ok = error <= (2 if dtype == torch.bfloat16 else 1)
+    sys.stdout.write(f"{'OK' if ok else 'FAIL'} capacity, {dtype} in {len(steps)} steps, error {error:.2f}\n")
+    return ok
+
+
+LENGTHS = [60, 23, 5, 40, 9, 130]
+CHUNKS = (
+    [LENGTHS],
+    [[40, 20, 5, 1, 0, 18], [0, 0, 0, 30, 8, 100], [19, 2, 0, 0, 0, 11], [1, 1, 0, 9, 1, 1]],
+    [[17, 3, 1, 20, 4, 31], [43, 20, 4, 20, 5, 99]],
+)
+
 TIES = (
     TokenGate(8, "top_k", k=2),
     TokenGate(8, "top_p", p=0.5),
@@ -169,4 +221,7 @@ if __name__ == "__main__":
     for gates, outputs in ((PLAIN, NO_OUTPUTS), (MIXED, NO_OUTPUTS), (MIXED, OUTPUTS)):
         some = cases if outputs is NO_OUTPUTS else cases[1::2]
         good += [check(d, t, gates, outputs, p, rng) for (d, t), p in zip(some, itertools.cycle(POPULARITIES))]
+    generator = torch.Generator().manual_seed(5)
+    good += [check_capacity(torch.float32, LENGTHS, steps, generator) for steps in CHUNKS]
+    good.append(check_capacity(torch.bfloat16, LENGTHS, CHUNKS[1], generator))
     sys.exit(not all(good))

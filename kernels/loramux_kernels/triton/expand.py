@@ -22,6 +22,7 @@ from loramux_kernels.gates import MAX_EXPERTS
 from loramux_kernels.plan import TILE_FIELDS
 from loramux_kernels.sites import TABLE_HEAD, TABLE_PART, Site
 from loramux_kernels.trace import TRACE_TOKENS
+from loramux_kernels.triton.capacity import room
 from loramux_kernels.triton.config import INTERPRETED, config, units
 from loramux_kernels.triton.gate import gate, logit_count, logits
 
@@ -65,6 +66,7 @@ def expand_kernel(
     trace,
     trace_flag,
     first_gate,
+    places,
     FIELDS: tl.constexpr,
     HEAD: tl.constexpr,
     PART: tl.constexpr,
@@ -121,7 +123,26 @@ def expand_kernel(
             e = tl.arange(0, EXPERTS)[None, :]
             kept = trace + (first_gate + tl.load(block)).to(tl.int64) * (TRACED * EXPERTS) + t[:, None] * EXPERTS + e
             tl.store(kept, scores, mask=(mt & (t < TRACED))[:, None] & (e < count))
-        g = gate(part + 5, experts, scores, BT, EXPERTS)
+        free = tl.full((BT, EXPERTS), 1, tl.int1)
+        counts_at = tl.load(part + PART - 1)
+        if counts_at != 0:
+            free = room(
+                part + 5,
+                experts,
+                count,
+                ints + counts_at - 1,
+                places,
+                token_ids,
+                tile,
+                h + tl.load(part + 4),
+                h_stride,
+                plane,
+                first_o == 0,
+                SPLITS,
+                BT,
+                EXPERTS,
+            )
+        g = gate(part + 5, experts, scores, free, BT, EXPERTS)
         # What any token of the tile takes of each expert: rows of B that none takes are not read.
         taken = tl.max(tl.where(mt[:, None], g, 0.0), 0)
         expert_of = ints + tl.load(row + 2) + first_r
@@ -183,6 +204,7 @@ def arguments(site: Site, y: Tensor, h: Tensor) -> tuple[tuple[int, int], dict[s
         "trace": site.trace.buffer,
         "trace_flag": site.trace.flag,
         "first_gate": site.first_gate,
+        "places": site.plan.sequences.buffer,
         "FIELDS": TILE_FIELDS,
         "HEAD": TABLE_HEAD,
         "PART": TABLE_PART,

@@ -13,6 +13,7 @@ RENORMALISE = tl.constexpr(gates.RENORMALISE)
 ONE = tl.constexpr(gates.ONE)
 GROUPED = tl.constexpr(gates.GROUPED)
 ADAPTIVE = tl.constexpr(gates.ADAPTIVE)
+CAPACITY_AT = tl.constexpr(gates.CAPACITY_AT)
 GROUPS_AT = tl.constexpr(gates.GROUPS_AT)
 GROUPS_PER_WORD = tl.constexpr(gates.GROUPS_PER_WORD)
 
@@ -45,11 +46,14 @@ def logits(count, h_rows, plane, mt, SPLITS: tl.constexpr, BT: tl.constexpr, EXP
 
 
 @triton.jit
-def gate(rule, experts, scores, BT: tl.constexpr, EXPERTS: tl.constexpr):
-    """Weights [BT, EXPERTS] of experts, or of groups, and zeros. `rule`: `TokenGate.packed` in the table."""
+def choose(rule, experts, scores, BT: tl.constexpr, EXPERTS: tl.constexpr):
+    """Which experts each token selects, and their weights before they are divided, [BT, EXPERTS].
+
+    `rule`: `TokenGate.packed` in the table.
+    """
     k = tl.load(rule).to(tl.int32)
     flags = tl.load(rule + 1).to(tl.int32)
-    p_sum, threshold, eps, temperature = _real(rule + 2), _real(rule + 3), _real(rule + 4), _real(rule + 5)
+    p_sum, threshold, temperature = _real(rule + 2), _real(rule + 3), _real(rule + 5)
     e = tl.arange(0, EXPERTS)[None, :]
     real = e < experts
     # What p must reach, and what is taken off it.
@@ -73,11 +77,20 @@ def gate(rule, experts, scores, BT: tl.constexpr, EXPERTS: tl.constexpr):
         before = (p_other > p) | ((p_other == p) & (other < e))
         place += before.to(tl.int32)
         mass += tl.where(before, p_other, 0.0)
-    selected = real & (place < k) & (mass < p_sum) & (p >= least)
-    g = tl.where(selected, p - taken_off, 0.0)
+    return real & (place < k) & (mass < p_sum) & (p >= least), p - taken_off
+
+
+@triton.jit
+def gate(rule, experts, scores, free, BT: tl.constexpr, EXPERTS: tl.constexpr):
+    """Weights [BT, EXPERTS] of experts, or of groups, and zeros. `free` [BT, EXPERTS]: which experts take the token."""
+    flags = tl.load(rule + 1).to(tl.int32)
+    e = tl.arange(0, EXPERTS)[None, :]
+    selected, p = choose(rule, experts, scores, BT, EXPERTS)
+    g = tl.where(selected, p, 0.0)
     total = tl.sum(g, 1)[:, None]
-    divisor = tl.where(((flags & RENORMALISE) != 0) & (total > 0), total + eps, 1.0)
+    divisor = tl.where(((flags & RENORMALISE) != 0) & (total > 0), total + _real(rule + 4), 1.0)
     g = tl.where((flags & ONE) != 0, selected.to(tl.float32), g / divisor)
+    g = tl.where(free, g, 0.0)
     if (flags & GROUPED) != 0:
         group = tl.arange(0, EXPERTS)
         experts_of = tl.load(rule + GROUPS_AT + group // GROUPS_PER_WORD) >> (group % GROUPS_PER_WORD * 16)
