@@ -10,7 +10,6 @@ and bias of zero.
 
 from loramux_kernels.errors import (
     KernelError,
-    NotBuilt,
     NotWritten,
     PoolFull,
     RankTooLarge,
@@ -37,7 +36,6 @@ __all__ = [
     "Layout",
     "Layouts",
     "Memory",
-    "NotBuilt",
     "NotWritten",
     "PoolFull",
     "RankTooLarge",

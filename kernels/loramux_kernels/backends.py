@@ -27,14 +27,13 @@ NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 @dataclass(frozen=True)
 class Backend:
     """Functions of one backend. `tiled`: it reads tiles and tables in device memory, not host views. `overhead`: bytes
-    of its own device memory for a pool with that plan. `capacity`: it serves gates with one."""
+    of its own device memory for a pool with that plan."""
 
     name: str
     shrink: Callable[[Site, Tensor, Tensor], None]
     expand: Callable[[Site, Tensor, Tensor], None]
     warmup: Callable[[Sequence[Site], Plan], None] | None = None
     overhead: Callable[[Plan, torch.device], int] | None = None
-    capacity: bool = False
 
     @property
     def tiled(self) -> bool:
@@ -61,16 +60,16 @@ def select(requested: str | None, device: torch.device, dtype: torch.dtype) -> B
         from loramux_kernels.triton import shrink as t_shrink
         from loramux_kernels.triton import warmup as t_warmup
 
-        return Backend(name, t_shrink.shrink, t_expand.expand, t_warmup.warmup, capacity=True)
+        return Backend(name, t_shrink.shrink, t_expand.expand, t_warmup.warmup)
     if name == "cpu":
         from loramux_kernels.cpu import expand as c_expand
         from loramux_kernels.cpu import shrink as c_shrink
 
-        return Backend(name, c_shrink.shrink, c_expand.expand, capacity=True)
+        return Backend(name, c_shrink.shrink, c_expand.expand)
     from loramux_kernels.reference import expand as r_expand
     from loramux_kernels.reference import shrink as r_shrink
 
-    return Backend(name, r_shrink.shrink, r_expand.expand, capacity=True)
+    return Backend(name, r_shrink.shrink, r_expand.expand)
 
 
 def _of_device(device: torch.device, dtype: torch.dtype) -> str:

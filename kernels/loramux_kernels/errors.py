@@ -4,7 +4,6 @@ KernelError
 ├── PoolFull          no room: evict something or give the pool more bytes
 ├── UnknownModule     no site of this pool serves that linear
 ├── RankTooLarge      rank above the pool's max_rank
-├── NotBuilt          this backend has no kernel for it
 ├── WrongShape        weights do not fit what was reserved
 ├── NotWritten        published before every reserved module was written
 └── UnknownSlot       that slot is not reserved
@@ -47,13 +46,6 @@ class RankTooLarge(KernelError, ValueError):
         self.rank = rank
         self.max_rank = max_rank
         super().__init__(f'module "{module}" has rank {rank}, the pool was made for ranks up to {max_rank}')
-
-
-class NotBuilt(KernelError):
-    """What the pool's backend cannot compute."""
-
-    def __init__(self, backend: str, what: str) -> None:
-        super().__init__(f"the {backend} backend has no {what}")
 
 
 class WrongShape(KernelError, ValueError):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from loramux_kernels import backends
 from loramux_kernels.arena import Extents
-from loramux_kernels.errors import NotBuilt, NotWritten, PoolFull, UnknownSlot
+from loramux_kernels.errors import NotWritten, PoolFull, UnknownSlot
 from loramux_kernels.gates import TokenGate
 from loramux_kernels.geometry import NO_GATES, Geometry, Layouts
 from loramux_kernels.layout import Layout
@@ -193,10 +193,7 @@ class AdapterPool:
         return self.reserve_laid_out(self.geometry.layouts(ranks, gates, mag=mag, bias=bias))
 
     def reserve_laid_out(self, layouts: Layouts) -> int:
-        """`reserve` for layouts that this pool's geometry has made. Raises PoolFull or NotBuilt; then nothing has
-        changed."""
-        if not self._backend.capacity and any(lay.limited for lay in layouts.values()):
-            raise NotBuilt(self._backend.name, "gates with a capacity")
+        """`reserve` for layouts that this pool's geometry has made. Raises PoolFull; then nothing has changed."""
         sizes = [layout.nbytes for layout in layouts.values()]
         offsets = self._extents.take_all(sizes) if self.free_slots and sum(sizes) <= self.free_bytes else None
         if offsets is None:

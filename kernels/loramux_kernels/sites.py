@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from loramux_kernels.trace import Trace
     from loramux_kernels.weights import Memory, SlotWeights
 
-TABLE_HEAD = 4
+TABLE_HEAD = 5
 TABLE_PART = 5 + GATE_FIELDS + 3
 """Columns of a site's table before the slices, and of each slice."""
 
@@ -57,10 +57,10 @@ class Site:
 
     `weights`, `floats` and `ints` are the same arena seen as the pool's dtype, as float32 and as int32. `table`
     (device, int64 [slots, TABLE_HEAD + TABLE_PART·slices]) holds, per slot: offset of A in `weights`, of scale in
-    `floats` and of expert in `ints`, rows of A; then per slice the first rank row, the rank, the offset of B in
-    `weights`, the number of experts (0: no gate), the first router row, the gate as `TokenGate.packed`, and the
-    offsets of mag and bias in `floats` and of counts in `ints`, plus one (0: none). Zeros where the adapter leaves the
-    site alone. Slice j is gate `first_gate` + j of `trace`.
+    `floats` and of expert in `ints`, rows of A, and whether a slice has a capacity; then per slice the first rank row,
+    the rank, the offset of B in `weights`, the number of experts (0: no gate), the first router row, the gate as
+    `TokenGate.packed`, and the offsets of mag and bias in `floats` and of counts in `ints`, plus one (0: none). Zeros
+    where the adapter leaves the site alone. Slice j is gate `first_gate` + j of `trace`.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Site:
         """What `table` holds for that adapter."""
         item = self.dtype.itemsize
         row = [offset // item, (offset + layout.scale) // WORD, (offset + layout.expert) // WORD, layout.rows]
+        row.append(int(layout.limited))
         first = 0
         for j, part in enumerate(layout.parts):
             row += [first, part.rank, (offset + layout.b[j]) // item]

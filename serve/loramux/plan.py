@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from loramux.units import format_bytes
 
-#: Table rows; a row is 15 KiB for 32 layers. Bytes run out long before.
+#: Table rows; a row is 40 KiB for 32 layers. Bytes run out long before.
 SLOTS = 1024
 _MIN_RANK = 256
 #: Adapters that a list for people names one by one.

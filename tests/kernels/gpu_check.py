@@ -19,7 +19,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torc
 
 import numpy as np
 import torch
-from applied import same_bits
+from applied import Sequenced, same_bits
 from torch import Tensor
 
 import loramux_kernels as lk
@@ -30,6 +30,7 @@ from loramux_kernels.testing import (
     clear_inputs,
     exact,
     load,
+    mixed,
     ragged_batch,
     random_adapter,
     worst,
@@ -171,6 +172,49 @@ def check(dtype: torch.dtype) -> None:
             )
 
 
+def check_capacity(dtype: torch.dtype) -> None:
+    """Sequences in chunks, long and short, each step run once and replayed from a graph: both count it alike."""
+    generator, spec = torch.Generator(DEVICE).manual_seed(1), SPECS[0]
+    pool = AdapterPool(
+        [spec],
+        capacity_bytes=8 << 20,
+        slots=2,
+        max_rank=64,
+        max_tokens=1024,
+        max_requests=8,
+        dtype=dtype,
+        device=DEVICE,
+    )
+    pool.warmup()
+    rules = (
+        {"q": TokenGate(8, "top_k", k=2, capacity=30), "v": TokenGate(5, "top_k", k=3, capacity=9)},
+        {"q": TokenGate(16, "top_k", k=3, capacity=5)},
+    )
+    plain = [random_adapter([spec], {"q": 48, "v": 20}, dtype, generator) for _ in rules]
+    adapters = [mixed(a, gates, generator) for a, gates in zip(plain, rules, strict=True)]
+    slots = np.array([*(load(pool, a) for a in adapters), -1], np.int32)
+    which, lengths = np.array([0, 1, -1, 0], np.int32), np.array([300, 90, 5, 60], np.int32)
+    total = int(lengths.sum())
+    draw = lambda: torch.randn(total, spec.d_in, generator=generator, device=DEVICE).to(dtype)  # noqa: E731
+    x = clear_inputs(spec, adapters, which, lengths, draw)
+    y = torch.randn(total, sum(spec.d_outs), generator=generator, device=DEVICE).to(dtype)
+    got, sequences, done = y.clone(), Sequenced(len(which)), np.zeros(len(which), int)
+    begin, good = np.cumsum(lengths) - lengths, True
+    for step in ([100, 60, 3, 20], [190, 20, 1, 39], [9, 0, 1, 0], [1, 10, 0, 1]):
+        rows = np.concatenate([np.arange(b + d, b + d + n) for b, d, n in zip(begin, done, step, strict=True)])
+        index, taken = torch.from_numpy(rows).to(DEVICE), np.array(step, np.int32)
+        part, eager, replayed = x[index], y[index], y[index]
+        pool.set_idle(True)
+        graph = capture(lambda x=part, r=replayed: apply(pool, 0, x, r))  # type: ignore[misc]
+        pool.set_batch(slots[which], taken, sequences.step(done, taken))
+        apply(pool, 0, part, eager)
+        graph.replay()
+        good &= same_bits(eager, replayed)
+        got[index], done = eager, done + taken
+    error = worst(got, exact(spec, adapters, which, lengths, x, y))
+    report(good and error <= 1, f"{dtype} capacity, error {error:.3f} of its bound, bits {good}")
+
+
 def kernels_of(run: Callable[[], object]) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -213,5 +257,6 @@ if __name__ == "__main__":
     with torch.no_grad():
         for tested in (torch.float32, torch.bfloat16, torch.float16):
             check(tested)
+            check_capacity(tested)
         check_launches()
     sys.exit(failures > 0)

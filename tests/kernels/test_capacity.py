@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import loramux_kernels as lk
 from loramux_kernels import AdapterPool, CountRows, SiteSpec, TokenGate
 from loramux_kernels.testing import Adapter, Ints, exact, load, mixed, random_adapter, worst
 
@@ -196,12 +194,3 @@ def test_counts_are_in_the_bytes_of_those_adapters_only() -> None:
     counted = {"q": TokenGate(8, "top_k", k=2, capacity=9), "o": TokenGate(3)}
     assert pool.bytes_for(ranks, counted) == without + 2 * 8 * 8 * 4
     assert make(max_requests=80).bytes_for(ranks, counted) == without + 2 * 80 * 8 * 4
-
-
-def test_a_backend_that_cannot_count_says_so() -> None:
-    pool = make()
-    pool._backend = replace(pool._backend, name="stone", capacity=False)
-    with pytest.raises(lk.NotBuilt, match="stone"):
-        pool.reserve({"q": 4}, {"q": TokenGate(2, capacity=1)})
-    assert pool.used_bytes == 0
-    pool.reserve({"q": 4}, {"q": TokenGate(2)})

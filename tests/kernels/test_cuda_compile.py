@@ -37,7 +37,8 @@ def test_no_spills_and_as_many_blocks_as_promised(name: str) -> None:
     blocks = re.search(r"__launch_bounds__\(loramux::THREADS, (\d+)\)", source)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.findall(r"Used (\d+) registers", log)
-    assert len(frames) == len(registers) == 2, "one kernel each for bfloat16 and float16"
+    assert len(registers) == 2, "one kernel each for bfloat16 and float16"
+    assert len(frames) in (2, 4), "and at most one function beside each"
     assert set(frames) == {("0", "0", "0")}
     for used in map(int, registers):
         assert used * threads * (int(blocks[1]) if blocks else 1) <= REGISTERS

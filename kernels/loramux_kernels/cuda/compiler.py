@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from loramux_kernels.gates import GATE_FIELDS, GROUPS_AT, MAX_EXPERTS
+from loramux_kernels.gates import CAPACITY_AT, GATE_FIELDS, GROUPS_AT, MAX_EXPERTS
 from loramux_kernels.sites import TABLE_HEAD, TABLE_PART
 
 OPTIONS = (
     "-std=c++17",
     f"-DLORAMUX_MAX_EXPERTS={MAX_EXPERTS}",
     f"-DLORAMUX_GATE_FIELDS={GATE_FIELDS}",
+    f"-DLORAMUX_GATE_CAPACITY={CAPACITY_AT}",
     f"-DLORAMUX_GATE_GROUPS={GROUPS_AT}",
     f"-DLORAMUX_TABLE_HEAD={TABLE_HEAD}",
     f"-DLORAMUX_TABLE_PART={TABLE_PART}",

@@ -35,7 +35,7 @@ class _Decode(ctypes.Structure):
 class _Prefill(ctypes.Structure):
     _fields_ = (
         *fields(
-            pointers="h weights floats ints table count tiles token_ids y trace flag",
+            pointers="h weights floats ints table count tiles token_ids y trace flag places counts",
             int64="h_stride table_stride y_stride",
             int32="first_gate traced slices",
         ),
@@ -58,7 +58,7 @@ def expand(site: Site, y: Tensor, h: Tensor) -> None:
     if tokens > SMALL_STEP:
         prefill = _Prefill(
             *addresses(h, site.weights, site.floats, site.ints, site.table, tiles.number, tiles.tiles, tiles.tokens),
-            *addresses(y, site.trace.buffer, site.trace.flag),
+            *addresses(y, site.trace.buffer, site.trace.flag, site.plan.sequences.buffer, site.ints),
             h.stride(0),
             site.table.stride(0),
             y.stride(0),

@@ -28,7 +28,8 @@ _CLUSTER, _CLUSTERS, _GROUP_ROWS = 8, 64, 128
 class _Decode(ctypes.Structure):
     _fields_ = (
         *fields(
-            pointers="x weights floats ints table count tiles token_ids h handoff left finished trace flag",
+            pointers="x weights floats ints table count tiles token_ids h handoff left finished trace flag "
+            "places counts",
             int64="x_stride table_stride h_stride plane_stride",
             int32="d_in planes first_gate traced slices",
         ),
@@ -77,6 +78,7 @@ def shrink(site: Site, x: Tensor, h: Tensor) -> None:
     decode = _Decode(
         *addresses(x, site.weights, site.floats, site.ints, site.table, tiles.number, tiles.tiles, tiles.tokens),
         *addresses(h, room.handoff, room.left, room.finished, site.trace.buffer, site.trace.flag),
+        *addresses(site.plan.sequences.buffer, site.ints),
         x.stride(0),
         site.table.stride(0),
         h.stride(0),

@@ -16,7 +16,7 @@ constexpr int MAX_BLOCKS = 16;   // of 16 rank rows of one slice
 
 // Columns of a site's table row (sites.py): the head, then one part per slice.
 constexpr int HEAD = LORAMUX_TABLE_HEAD, PART = LORAMUX_TABLE_PART;
-enum Head { A_OFFSET, SCALE_OFFSET, EXPERT_OFFSET, ROWS };
+enum Head { A_OFFSET, SCALE_OFFSET, EXPERT_OFFSET, ROWS, COUNTED };
 enum Part { FIRST_ROW, RANK, B_OFFSET, EXPERTS, LOGITS, RULE, MAG = RULE + LORAMUX_GATE_FIELDS, BIAS, COUNTS };
 
 // A tile of the plan (plan.py): tokens of one slot, `start` into the step's token ids.

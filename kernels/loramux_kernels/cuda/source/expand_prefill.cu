@@ -4,7 +4,7 @@
 // ⊙ h into the form of the product's left operand once; then each warp takes every fourth 64 outputs, with B through a
 // ring as in expand_decode.cu. y is read once, added to in float32 and rounded once.
 
-#include "gate.cuh"
+#include "capacity.cuh"
 
 namespace loramux {
 
@@ -22,6 +22,8 @@ struct ExpandArgs {
   element* y;
   float* trace;
   const int* trace_flag;
+  const int* places;
+  int* counts;  // the ints, to be written
   i64 h_stride, table_stride, y_stride;
   int first_gate, traced, slices, widths[MAX_SLICES];
 };
@@ -30,6 +32,7 @@ struct Shared {
   Vector left[MAX_BLOCKS][MT][WARP];  // gate ⊙ scale ⊙ h, as each lane needs it
   Vector b[WARPS][STAGES][4][WARP];   // what each lane copied of B
   float gates[TOKENS][MAX_EXPERTS];
+  Room<TOKENS> room;
   u32 taken[WARPS], masks[MAX_BLOCKS];  // experts that a warp's tokens take; rows of each block that any takes
 };
 
@@ -51,9 +54,13 @@ __device__ __forceinline__ void prepare(const ExpandArgs& args, const Run& run, 
   u32 taken = ALL;
   if (s.experts > 0) {
     const float* logits = args.h + static_cast<int>(s.part[LOGITS]);
-    const u32 mine = gate<TOKENS, THREADS>(
-        s.part + RULE, s.experts, [&](int id, int e) { return logits[id * args.h_stride + e]; }, ids, run.tile.count,
-        threadIdx.x, shared.gates, TraceRows{trace, args.traced});
+    const auto logit = [&](int id, int e) { return logits[id * args.h_stride + e]; };
+    const Rule rule(s.part + RULE, s.experts);
+    if (rule.flags & LIMITED)
+      limit<TOKENS, THREADS>(rule, logit, args.places, args.counts + s.part[COUNTS] - 1, ids, run.tile.count, shared.room,
+                             run.first == 0);
+    const u32 mine = gate<TOKENS, THREADS>(rule, logit, ids, run.tile.count, threadIdx.x, shared.gates,
+                                           shared.room.full, TraceRows{trace, args.traced});
     if (lane == 0) shared.taken[warp] = mine;
     __syncthreads();
     taken = shared.taken[0] | shared.taken[1] | shared.taken[2] | shared.taken[3];

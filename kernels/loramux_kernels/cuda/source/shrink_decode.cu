@@ -6,7 +6,7 @@
 // block that finishes a tile's last unit adds the pieces, computes the gate and hands over. Sums are added in an order
 // that depends on the site alone; the one atomic operation only counts finished units.
 
-#include "gate.cuh"
+#include "capacity.cuh"
 #include "handoff.cuh"
 #include "sums.cuh"
 
@@ -31,6 +31,8 @@ struct ShrinkArgs {
   int* finished;  // units of each tile: zero between launches
   float* trace;
   const int* trace_flag;
+  const int* places;
+  int* counts;  // the ints, to be written
   i64 x_stride, table_stride, h_stride, plane_stride;
   int d_in, planes, first_gate, traced, slices, widths[MAX_SLICES];
 };
@@ -41,7 +43,8 @@ struct Shared {
   float gates[MAX_SLICES][MMA_ROWS][MAX_EXPERTS];
   u32 taken[MAX_SLICES];
   u32 masks[MAX_SLICES][MAX_BLOCKS];
-  int last;
+  Room<MMA_ROWS> room[MAX_SLICES];
+  int next, last, from, to;  // whether the tiles from … to have all their units, and these tiles
 };
 
 // Scales and experts of an adapter, and part `part` of `parts` of its B, into the L2 cache, for the hand-over and for the
@@ -92,9 +95,22 @@ __device__ __forceinline__ void mark_rows(const ShrinkArgs& args, Shared& shared
   }
 }
 
+// The whole block: which experts still take a tile's tokens.
+__device__ __forceinline__ void limit_slices(const ShrinkArgs& args, Shared& shared, const int* ids, int count) {
+  for (int j = 0; j < args.slices; ++j) {
+    const Slice s(shared.row, j, args.floats, args.ints);
+    const Rule rule(s.part + RULE, s.experts);
+    if (!(rule.flags & LIMITED)) continue;
+    const int first = static_cast<int>(s.part[LOGITS]);
+    const auto logit = [&](int id, int e) { return sum_planes(args, id, first + e); };
+    int* counts = args.counts + s.part[COUNTS] - 1;
+    limit<MMA_ROWS, THREADS>(rule, logit, args.places, counts, ids, count, shared.room[j], true);
+  }
+}
+
 // The whole block: h of a tile, now complete, into what the expand reads.
-template <typename T>
-__device__ void hand_over(const ShrinkArgs& args, const Tile& tile, int index, Shared& shared) {
+template <typename T, bool COUNTING>
+__device__ __forceinline__ void hand_over(const ShrinkArgs& args, const Tile& tile, int index, Shared& shared) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
   const int* ids = args.token_ids + tile.start;
   bool mixture = false;
@@ -103,6 +119,7 @@ __device__ void hand_over(const ShrinkArgs& args, const Tile& tile, int index, S
     const bool tracing = *args.trace_flag != 0;
     if (threadIdx.x < MAX_SLICES) shared.taken[threadIdx.x] = 0;
     __syncthreads();
+    if (COUNTING) limit_slices(args, shared, ids, tile.count);
     // Two slices at a time, by half of the block each.
     for (int j = threadIdx.x / TEAM; j < args.slices; j += THREADS / TEAM) {
       const Slice s(shared.row, j, args.floats, args.ints);
@@ -110,8 +127,9 @@ __device__ void hand_over(const ShrinkArgs& args, const Tile& tile, int index, S
       float* kept = args.trace + static_cast<i64>(args.first_gate + j) * args.traced * MAX_EXPERTS;
       const int first = static_cast<int>(s.part[LOGITS]);
       const u32 taken = gate<MMA_ROWS, TEAM>(
-          s.part + RULE, s.experts, [&](int id, int e) { return sum_planes(args, id, first + e); }, ids, tile.count,
-          threadIdx.x % TEAM, shared.gates[j], TraceRows{tracing ? kept : nullptr, args.traced});
+          Rule(s.part + RULE, s.experts), [&](int id, int e) { return sum_planes(args, id, first + e); }, ids,
+          tile.count, threadIdx.x % TEAM, shared.gates[j], shared.room[j].full,
+          TraceRows{tracing ? kept : nullptr, args.traced});
       if (lane == 0) atomicOr(&shared.taken[j], taken);
     }
     __syncthreads();
@@ -164,6 +182,22 @@ __device__ void hand_over(const ShrinkArgs& args, const Tile& tile, int index, S
   }
 }
 
+// The same for the tiles from … to of an adapter with a capacity, whose tokens are counted in order. A function of its
+// own, so that others have the registers for themselves.
+template <typename T>
+__device__ __noinline__ void hand_over_together(const ShrinkArgs& args, Shared& shared) {
+  const int from = shared.from, to = shared.to;
+  for (int i = from; i < to; ++i) {
+    if (i > from) __syncthreads();
+    hand_over<T, true>(args, read_tile(args.tiles, i), i, shared);
+  }
+}
+
+// Whether the first token of a tile goes on with a request of the tile before.
+__device__ __forceinline__ bool goes_on(const ShrinkArgs& args, int index) {
+  return __ldg(args.places + PLACE_FIELDS * __ldg(args.token_ids + read_tile(args.tiles, index).start)) > 0;
+}
+
 template <typename T>
 __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
   __shared__ Shared shared;
@@ -172,18 +206,19 @@ __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
   if (tiles <= 0) return;
   // Several thread blocks share a tile and take every `lanes`th unit of it.
   const int lanes = max(blocks / tiles, 1), chunks = blocks_of(args.d_in, CHUNK), parts = args.planes * WARPS;
-  for (int item = blockIdx.x; item < tiles * lanes; item += blocks) {
+  for (int item = blockIdx.x; item < tiles * lanes; item = shared.next) {
     const int index = item / lanes, lane = item % lanes;
     const Tile tile = read_tile(args.tiles, index);
     const i64* row = args.table + tile.slot * args.table_stride;
     __syncthreads();  // the last hand-over may still read the row
     if (static_cast<int>(threadIdx.x) < HEAD + PART * args.slices) shared.row[threadIdx.x] = __ldg(row + threadIdx.x);
+    if (threadIdx.x == 0) shared.next = item + blocks;  // kept here, as registers are short
     __syncthreads();
     const int rows = static_cast<int>(shared.row[ROWS]);
     const int units = blocks_of(rows, MMA_ROWS) * args.planes;
     const element* a = args.weights + shared.row[A_OFFSET];
     const Inputs in{args.x, args.x_stride, args.token_ids + tile.start, tile.count, args.d_in};
-    if (units == 0 && lane == 0) hand_over<T>(args, tile, index, shared);
+    if (units == 0 && lane == 0) hand_over<T, false>(args, tile, index, shared);
     for (int unit = lane; unit < units; unit += lanes) {
       const int first = unit / args.planes * MMA_ROWS, plane = unit % args.planes, part = plane * WARPS + warp;
       const int begin = chunks * part / parts, end = chunks * (part + 1) / parts;
@@ -203,12 +238,26 @@ __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
       }
       __threadfence();
       __syncthreads();
-      if (threadIdx.x == 0) shared.last = atomicAdd(args.finished + index, 1) == units - 1;
+      if (threadIdx.x == 0) {
+        int from = index, to = index + 1;
+        if (shared.row[COUNTED] != 0) {
+          // Counting needs the logits of all tokens before: tiles that share a request are handed over together.
+          while (from > 0 && goes_on(args, from)) --from;
+          while (to < tiles && goes_on(args, to)) ++to;
+        }
+        shared.from = from;
+        shared.to = to;
+        shared.last = atomicAdd(args.finished + from, 1) == (to - from) * units - 1;
+      }
       __syncthreads();
       if (!shared.last) continue;
       __threadfence();
-      if (threadIdx.x == 0) args.finished[index] = 0;
-      hand_over<T>(args, tile, index, shared);
+      if (threadIdx.x == 0) args.finished[shared.from] = 0;
+      if (shared.row[COUNTED] != 0)
+        hand_over_together<T>(args, shared);
+      else
+        hand_over<T, false>(args, tile, index, shared);
+      break;  // nobody has a unit of this tile left
     }
   }
 }
