@@ -14,11 +14,11 @@ import torch
 
 from loramux_adapters import BaseModel
 
-from ..adapters.hooks import Delta
+from ..adapters.hooks import Delta, hooked
 from ..adapters.layouts import sira
 from .conftest import Engine
 from .hugging_face import TOKENS, TOLERANCE, Answer, assert_equal, difference, encode, greedy_after, load
-from .served_methods import Row, _row, hooked
+from .served_methods import Row, _row
 
 pytestmark = pytest.mark.engine
 

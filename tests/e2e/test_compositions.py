@@ -20,12 +20,11 @@ from safetensors.torch import load_file
 from loramux_adapters import BaseModel
 
 from ..adapters.checkpoints import write_adapter
-from ..adapters.hooks import Delta
+from ..adapters.hooks import Delta, hooked
 from ..adapters.layouts import moelora
 from ..adapters.layouts.draw import targeted
 from .conftest import EXAMPLES
 from .hugging_face import TOKENS, TOLERANCE, Answer, assert_equal, difference, encode, generate, greedy_after, load
-from .served_methods import hooked
 
 pytestmark = pytest.mark.engine
 

@@ -13,7 +13,6 @@ from loramux_adapters import AdapterError, lower, posterior_of
 from loramux_adapters.artefact import digest_of
 
 from ..checkpoints import BASE, write_adapter
-from ..form import logits
 from ..layouts.blob import make_config, make_tensors
 from ..layouts.draw import PREFIX
 from .refusals import assert_refused, drop, poison, put
@@ -75,7 +74,6 @@ def test_files_as_the_authors_code_leaves_them(reference, tmp_path):
     path.write_text(path.read_text().replace('{"bayes_eps": 0.05,', "{", 1))
     assert posterior_of(adapter).sites == len(adapter.sites) == 4
     tiny.assert_same(adapter.mean, tiny.library_logits(tmp_path))
-    assert torch.equal(logits(tiny.model, adapter.mean, tiny.tokens), tiny.lowered_logits(adapter))
 
 
 def test_all_spellings_mean_the_same(tmp_path):
