@@ -17,6 +17,7 @@ from loramux_adapters.compact.quality import score
 from loramux_adapters.compact.statistics import RouterStatistics, from_texts, from_traffic
 from loramux_adapters.compact.texts import read_calibration, read_tasks, read_traffic, token_count
 from loramux_adapters.native import digest_of, write_native
+from loramux_adapters.tasks import at_task
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +36,7 @@ def _make(options: argparse.Namespace) -> making.Report:
         similarity=options.similarity,
     )
     base = load_base(options.base)
-    adapter = lower(options.path, base)
+    adapter = at_task(lower(options.path, base))
     check_compactable(adapter)
     # Files that are not what they must be are refused before the model is loaded.
     tasks = read_tasks(options.labelled) if options.labelled else []

@@ -13,8 +13,10 @@ from loramux.cli.compact import main
 from loramux_adapters import BaseModel, LoweredAdapter, LoweredSite, lower, unserved
 from loramux_adapters.native import write_native
 
+from ...adapters.checkpoints import write_adapter
 from ...adapters.compact.mixtures import mixture
 from ...adapters.compact.tiny import CONFIG, make_model, make_tokenizer
+from ...adapters.layouts import moelora
 
 LABELLED = {"weather": {"instruction": "which", "examples": [{"text": "rain", "label": "yes"}]}}
 
@@ -85,6 +87,16 @@ def test_a_plain_lora_to_a_bound(files: Path, base: Path, capsys: Any) -> None:
     found = report(capsys)
     assert 0 < found["error"]["weights"]["max"] <= 0.5
     assert found["after"]["rank_rows"] < found["before"]["rank_rows"] == 12
+
+
+def test_one_task_of_several_is_a_plain_lora_to_be_cut(files: Path, base: Path, capsys: Any) -> None:
+    config = moelora.make_config(task_id=2)
+    table = lower(write_adapter(files / "tasks", config, moelora.make_tensors(config)), BaseModel.from_pretrained(base))
+    write_native(files / "tasks.safetensors", table, "tiny")
+    assert run(files, base, "tasks", "--rank", "2", "--json") == 0
+    assert report(capsys)["before"]["rank_rows"] == sum(table.ranks.values())
+    written = lower(files / "out.safetensors", BaseModel.from_pretrained(base))
+    assert not written.gates and set(written.ranks.values()) == {2}
 
 
 def test_what_saves_nothing_loses_nothing(files: Path, base: Path, capsys: Any) -> None:
