@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from loramux_kernels import sequences
-from loramux_kernels.triton.gate import CAPACITY_AT, choose
+from loramux_kernels.triton.gate import CAPACITY_AT, choose, logits
 
 PLACE_FIELDS = tl.constexpr(sequences.PLACE_FIELDS)
 
@@ -59,10 +59,7 @@ def room(
         if (first == 0) | (tl.min(tl.where(e < experts, before_tile, capacity), 0) < capacity):
             there = (first + it >= -ahead) & (first + it < tokens)
             ids = tl.load(token_ids + start + first + it, mask=there, other=0).to(tl.int64)
-            live = there[:, None] & (e < count)[None, :]
-            scores = tl.zeros((BT, EXPERTS), tl.float32)
-            for split in range(SPLITS):
-                scores += tl.load(h_logits + ids[:, None] * h_stride + split * plane + e[None, :], mask=live, other=0.0)
+            scores = logits(count, h_logits + ids[:, None] * h_stride, plane, there, SPLITS, BT, EXPERTS)
             selected, _ = choose(rule, experts, scores, BT, EXPERTS)
             chosen = (selected & there[:, None]).to(tl.int32)
     within = tl.cumsum(chosen, 0) - chosen

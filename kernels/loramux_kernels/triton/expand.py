@@ -40,6 +40,11 @@ def _scaled(h_rows, plane, scales, r, mt, mr, SPLITS: tl.constexpr, BT: tl.const
 
 
 @triton.jit
+def _outputs(y, t, y_stride, first_y, o):
+    return y + t[:, None] * y_stride + (first_y + o)[None, :]
+
+
+@triton.jit
 def _product(acc, scaled, w, UPCAST: tl.constexpr):
     if UPCAST:
         w = w.to(tl.float32)
@@ -98,10 +103,6 @@ def expand_kernel(
     t = tl.load(token_ids + start + it, mask=mt, other=0).to(tl.int64)
     o = first_o + tl.arange(0, BO)
     mo = o < size_o
-    out = y + t[:, None] * (y_units * UNIT) + (first_y + o)[None, :]
-    mask = mt[:, None] & mo[None, :]
-    if UNIT > 1:
-        before = tl.load(out, mask=mask, other=0.0)
     first_r = tl.load(part)
     b = weights + tl.multiple_of(tl.load(part + 2), UNIT)
     scales = floats + tl.load(row + 1) + first_r
@@ -110,6 +111,8 @@ def expand_kernel(
     acc = tl.zeros((BT, BO), tl.float32)
     experts = tl.load(part + 3).to(tl.int32)
     if experts == 0:
+        if UNIT > 1:
+            before = tl.load(_outputs(y, t, y_units * UNIT, first_y, o), mask=mt[:, None] & mo[None, :], other=0.0)
         for r0 in range(0, rank, BR):
             r = r0 + tl.arange(0, BR)
             mr = r < rank
@@ -143,6 +146,8 @@ def expand_kernel(
                 EXPERTS,
             )
         g = gate(part + 5, experts, scores, free, BT, EXPERTS)
+        if UNIT > 1:
+            before = tl.load(_outputs(y, t, y_units * UNIT, first_y, o), mask=mt[:, None] & mo[None, :], other=0.0)
         # What any token of the tile takes of each expert: rows of B that none takes are not read.
         taken = tl.max(tl.where(mt[:, None], g, 0.0), 0)
         expert_of = ints + tl.load(row + 2) + first_r
@@ -155,6 +160,11 @@ def expand_kernel(
                 scaled = _scaled(h_rows + first_r, plane, scales, r, mt, mr, SPLITS, BT, BR)
                 scaled *= tl.gather(g, tl.broadcast_to(expert[None, :], (BT, BR)), 1)
                 acc = _product(acc, scaled, w, UPCAST)
+    # Anew: over the gate of a mixture there are no registers to keep these in.
+    o = first_o + tl.arange(0, BO)
+    mo = o < tl.load(block + 2) * UNIT
+    out = _outputs(y, t, y_units * UNIT, first_y, o)
+    mask = mt[:, None] & mo[None, :]
     if UNIT == 1:
         # Rows that begin anywhere need an address and a mask per element, which leave no registers to keep y in.
         before = tl.load(out, mask=mask, other=0.0)
