@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from loramux_kernels.weights import Memory, SlotWeights
 
 TABLE_HEAD = 5
-TABLE_PART = 5 + GATE_FIELDS + 3
-"""Columns of a site's table before the slices, and of each slice."""
+RULE_AT = 5
+MAG_AT, BIAS_AT, COUNTS_AT = range(RULE_AT + GATE_FIELDS, RULE_AT + GATE_FIELDS + 3)
+TABLE_PART = COUNTS_AT + 1
+"""Columns of a site's table before the slices, of each slice, and where some of these are (`Site`)."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

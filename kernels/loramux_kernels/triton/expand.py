@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loramux_kernels import sites
 from loramux_kernels.gates import MAX_EXPERTS
 from loramux_kernels.plan import TILE_FIELDS
 from loramux_kernels.sites import TABLE_HEAD, TABLE_PART, Site
@@ -25,6 +26,11 @@ from loramux_kernels.trace import TRACE_TOKENS
 from loramux_kernels.triton.capacity import room
 from loramux_kernels.triton.config import INTERPRETED, config, units
 from loramux_kernels.triton.gate import gate, logit_count, logits
+
+RULE_AT = tl.constexpr(sites.RULE_AT)
+MAG_AT = tl.constexpr(sites.MAG_AT)
+BIAS_AT = tl.constexpr(sites.BIAS_AT)
+COUNTS_AT = tl.constexpr(sites.COUNTS_AT)
 
 _SIZES = ["table_stride", "h_stride", "y_units", "tokens", "first_gate"]
 
@@ -92,7 +98,7 @@ def expand_kernel(
     row = table + slot.to(tl.int64) * table_stride
     part = row + HEAD + PART * tl.load(block)
     rank = tl.load(part + 1).to(tl.int32)
-    if (rank == 0) & (tl.load(part + PART - 3) == 0) & (tl.load(part + PART - 2) == 0):
+    if (rank == 0) & (tl.load(part + MAG_AT) == 0) & (tl.load(part + BIAS_AT) == 0):
         return
     first_o = tl.multiple_of(tl.load(block + 1), BO)
     size_o = tl.load(block + 2) * UNIT
@@ -120,17 +126,17 @@ def expand_kernel(
             scaled = _scaled(h_rows + first_r, plane, scales, r, mt, mr, SPLITS, BT, BR)
             acc = _product(acc, scaled, w, UPCAST)
     else:
-        count = logit_count(part + 5, experts)
+        count = logit_count(part + RULE_AT, experts)
         scores = logits(count, h_rows + tl.load(part + 4), plane, mt, SPLITS, BT, EXPERTS)
         if (first_o == 0) & (tl.load(trace_flag) != 0):
             e = tl.arange(0, EXPERTS)[None, :]
             kept = trace + (first_gate + tl.load(block)).to(tl.int64) * (TRACED * EXPERTS) + t[:, None] * EXPERTS + e
             tl.store(kept, scores, mask=(mt & (t < TRACED))[:, None] & (e < count))
         free = tl.full((BT, EXPERTS), 1, tl.int1)
-        counts_at = tl.load(part + PART - 1)
+        counts_at = tl.load(part + COUNTS_AT)
         if counts_at != 0:
             free = room(
-                part + 5,
+                part + RULE_AT,
                 experts,
                 count,
                 ints + counts_at - 1,
@@ -145,7 +151,7 @@ def expand_kernel(
                 BT,
                 EXPERTS,
             )
-        g = gate(part + 5, experts, scores, free, BT, EXPERTS)
+        g = gate(part + RULE_AT, experts, scores, free, BT, EXPERTS)
         if UNIT > 1:
             before = tl.load(_outputs(y, t, y_units * UNIT, first_y, o), mask=mt[:, None] & mo[None, :], other=0.0)
         # What any token of the tile takes of each expert: rows of B that none takes are not read.
@@ -169,8 +175,8 @@ def expand_kernel(
         # Rows that begin anywhere need an address and a mask per element, which leave no registers to keep y in.
         before = tl.load(out, mask=mask, other=0.0)
     total = before.to(tl.float32)
-    mag_at = tl.load(part + PART - 3)
-    bias_at = tl.load(part + PART - 2)
+    mag_at = tl.load(part + MAG_AT)
+    bias_at = tl.load(part + BIAS_AT)
     if mag_at != 0:
         total *= tl.load(floats + tl.multiple_of(mag_at - 1, UNIT) + o, mask=mo, other=0.0)[None, :]
     total += acc
