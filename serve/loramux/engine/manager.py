@@ -84,6 +84,19 @@ class AdapterManager:
         self.uncritical(self.routing.before, slots, lengths, request_ids)
         self.missing = {request_ids[row] for row, i in enumerate(ids) if i and slots[row] < 0}
 
+    def _count_rows(self, slots: np.ndarray, lengths: np.ndarray, request_ids: Sequence[str]) -> CountRows | None:
+        """Where the step's counts are, if an adapter of it has a capacity. Gives those no adapter who have none."""
+        places = self.pool.limited(slots)
+        if not places.size:
+            return None
+        rows, lost = self.sequences.rows(places, lengths, request_ids)
+        for place in lost:
+            logger.error(
+                "request %s began behind tokens that were not counted: it ends with an error", request_ids[place]
+            )
+        slots[lost] = -1
+        return rows
+
     def scheduled(self, scheduler_output: Any) -> None:
         """vLLM's SchedulerOutput of the coming step."""
         self.sequences.scheduled(scheduler_output)
@@ -149,19 +162,6 @@ class AdapterManager:
             "resident": len(self._slots),
             "slots": pool.slots,
         }
-
-    def _count_rows(self, slots: np.ndarray, lengths: np.ndarray, request_ids: Sequence[str]) -> CountRows | None:
-        """Where the step's counts are, if an adapter of it has a capacity. Gives those no adapter who have none."""
-        places = self.pool.limited(slots)
-        if not places.size:
-            return None
-        rows, lost = self.sequences.rows(places, lengths, request_ids)
-        for place in lost:
-            logger.error(
-                "request %s began behind tokens that were not counted: it ends with an error", request_ids[place]
-            )
-        slots[lost] = -1
-        return rows
 
     # -- what vLLM's runners call on `runner.lora_manager`
 

@@ -44,7 +44,8 @@ struct Shared {
   u32 taken[MAX_SLICES];
   u32 masks[MAX_SLICES][MAX_BLOCKS];
   Room<MMA_ROWS> room[MAX_SLICES];
-  int next, last, from, to;  // whether the tiles from … to have all their units, and these tiles
+  int next;            // the block's next item
+  int last, from, to;  // whether the tiles from … to have all their units, and these tiles
 };
 
 // Scales and experts of an adapter, and part `part` of `parts` of its B, into the L2 cache, for the hand-over and for the
