@@ -292,6 +292,8 @@ class AdapterPool:
 
     def limited(self, slots: Ints) -> Ints:
         """Places in `slots` of the published ones whose adapter has a gate with a capacity."""
+        if not self._limited.any():  # nearly always, and asked for every step
+            return np.empty(0, np.intp)
         known = (slots >= 0) & (slots < self.slots)
         return np.flatnonzero(known & self._limited[np.where(known, slots, 0)])
 
@@ -307,8 +309,7 @@ class AdapterPool:
             return
         known = (slots >= 0) & (slots < self.slots)
         known &= self._published[np.where(known, slots, 0)]
-        if self._limited.any():
-            self._check(self.limited(slots), counts)
+        self._check(self.limited(slots), counts)
         self._plan.update(np.where(known, slots, -1), lengths, counts)
         self._batch = batch
 
