@@ -27,7 +27,7 @@ def run(
     """
     options = parser.parse_args(argv)
     try:
-        check_out(options.out, force=options.force)
+        _check_out(options.out, force=options.force)
         report = {"out": str(options.out), **make(options)}
     except (AdapterError, LoramuxError, OSError) as error:
         note(f"{parser.prog}: {error}")
@@ -36,19 +36,15 @@ def run(
     return 0
 
 
-def add_output(parser: argparse.ArgumentParser, *, details: str) -> None:
-    """`details`: what the JSON has beyond the lines."""
-    parser.add_argument("--out", required=True, type=_native_path, metavar="FILE.safetensors", help="what to write")
-    parser.add_argument("--force", action="store_true", help="overwrite that file")
+def add_output(parser: argparse.ArgumentParser, *, details: str, folders: bool = False) -> None:
+    """`details`: what the JSON has beyond the lines. `folders`: it may be a folder, as PEFT writes one, as well."""
+    if folders:
+        place = "a native file if it ends in .safetensors; else a folder, as PEFT writes one"
+        parser.add_argument("--out", required=True, type=Path, metavar="PLACE", help=place)
+    else:
+        parser.add_argument("--out", required=True, type=_native_path, metavar="FILE.safetensors", help="what to write")
+    parser.add_argument("--force", action="store_true", help="overwrite what is there")
     parser.add_argument("--json", action="store_true", help=f"JSON, with {details}, instead of lines")
-
-
-def check_out(path: Path, *, force: bool) -> None:
-    """Raises ConfigError where an adapter cannot be written without more words."""
-    if path.exists() and not force:
-        raise ConfigError(f"There is {path} already.", hint="Name another, or overwrite it with --force.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"There is no folder {path.parent}.", hint="Make it, or name another.")
 
 
 def summary(errors: Mapping[str, float]) -> Report:
@@ -60,6 +56,14 @@ def summary(errors: Mapping[str, float]) -> Report:
 def span(error: Mapping[str, Any]) -> str:
     """A summary in words."""
     return f"{error['mean']:.3g} in the mean, up to {error['max']:.3g} ({error['where']})"
+
+
+def _check_out(path: Path, *, force: bool) -> None:
+    """Raises ConfigError where an adapter cannot be written without more words."""
+    if path.exists() and not force:
+        raise ConfigError(f"There is {path} already.", hint="Name another, or overwrite it with --force.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"There is no folder {path.parent}.", hint="Make it, or name another.")
 
 
 def _native_path(text: str) -> Path:
