@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from loramux_adapters import BaseModel, Gate, LoweredAdapter, LoweredSite, Varia
 from loramux_adapters.gate import Norm, Select
 from loramux_adapters.native import digest_of
 from loramux_adapters.variance import VarianceKind
+
+from ..adapters import hooks
 
 EXPERTS = 3
 _SITES = ("q_proj", "v_proj", "down_proj")
@@ -58,18 +61,10 @@ def write(adapter: LoweredAdapter, base: BaseModel, path: Path) -> Path:
     return path
 
 
-@contextmanager
-def hooked(model: Any, adapter: LoweredAdapter) -> Iterator[Any]:
+def hooked(model: Any, adapter: LoweredAdapter) -> AbstractContextManager[Any]:
     """The model with a draw: y += Σ_j B[:, j] s_j g_expert(j)(x) (A x)_j, from the formula, in the model's dtype."""
-    handles = [
-        model.get_submodule(module).register_forward_hook(_add(site, adapter.gates.get(site.gate or "")))
-        for module, site in adapter.sites.items()
-    ]
-    try:
-        yield model
-    finally:
-        for handle in handles:
-            handle.remove()
+    deltas = {name: partial(_delta, site, adapter.gates.get(site.gate or "")) for name, site in adapter.sites.items()}
+    return hooks.hooked(model, deltas)
 
 
 def log_probabilities(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
@@ -80,15 +75,11 @@ def log_probabilities(model: Any, prompt: Sequence[int], answer: Sequence[int]) 
     return torch.log_softmax(logits.double(), -1)
 
 
-def _add(site: LoweredSite, gate: Gate | None) -> Callable[..., torch.Tensor]:
-    def hook(_: Any, args: Any, y: torch.Tensor) -> torch.Tensor:
-        x = args[0]
-        u = x @ site.expanded_a.to(x.dtype).T * site.scale.to(x.dtype)
-        if gate is not None:
-            assert site.expert is not None
-            p = torch.softmax(x @ gate.weights.to(x.dtype).T, -1)
-            kept = torch.zeros_like(p).scatter(-1, p.topk(2, -1).indices, 1.0) * p
-            u = u * (kept / kept.sum(-1, keepdim=True))[..., site.expert.long()]
-        return y + u @ site.b.to(x.dtype)
-
-    return hook
+def _delta(site: LoweredSite, gate: Gate | None, x: torch.Tensor) -> torch.Tensor:
+    u = x @ site.expanded_a.to(x.dtype).T * site.scale.to(x.dtype)
+    if gate is not None:
+        assert site.expert is not None
+        p = torch.softmax(x @ gate.weights.to(x.dtype).T, -1)
+        kept = torch.zeros_like(p).scatter(-1, p.topk(2, -1).indices, 1.0) * p
+        u = u * (kept / kept.sum(-1, keepdim=True))[..., site.expert.long()]
+    return u @ site.b.to(x.dtype)

@@ -24,7 +24,18 @@ from ..adapters.hooks import Delta, hooked
 from ..adapters.layouts import moelora
 from ..adapters.layouts.draw import targeted
 from .conftest import EXAMPLES
-from .hugging_face import TOKENS, TOLERANCE, Answer, assert_equal, difference, encode, generate, greedy_after, load
+from .hugging_face import (
+    TOKENS,
+    TOLERANCE,
+    Answer,
+    assert_equal,
+    difference,
+    encode,
+    generate,
+    greedy_after,
+    load,
+    lora_deltas,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -64,21 +75,20 @@ def _complete(
     return choice.token_ids, choice.logprobs.token_logprobs
 
 
-def _hooked(base_path: Path, folders: Path) -> Any:
-    """y += Σ_i w_i · 2 · B_i A_i x, from the files of the parts."""
-    model = load(base_path, torch.float32)
-    for i, weight in enumerate(PARTS.values()):
-        tensors = load_file(folders / f"spare{i}" / "adapter_model.safetensors")
-        for key in [key for key in tensors if key.endswith("lora_A.weight")]:
-            a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
-            module = model.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
-            module.register_forward_hook(lambda _, args, y, a=a, b=b, w=weight: y + w * 2.0 * (args[0] @ a.T) @ b.T)
-    return model
+def _sum(folders: Path) -> dict[str, Delta]:
+    """Σ_i w_i · 2 · B_i A_i x, from the files of the parts."""
+    parts = [(weight, lora_deltas(folders / f"spare{i}", scale=2)) for i, weight in enumerate(PARTS.values())]
+
+    def delta(module: str, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([weight * added[module](x) for weight, added in parts]).sum(0)
+
+    return {module: partial(delta, module) for module in parts[0][1]}
 
 
 def test_the_sum_equals_hooks(client: Any, base_path: Path, spare_adapters: Path) -> None:
     (prompt,) = encode(base_path, ("List three uses of copper.",))
-    expected = generate(_hooked(base_path, spare_adapters), prompt)
+    with hooked(load(base_path, torch.float32), _sum(spare_adapters)) as model:
+        expected = generate(model, prompt)
     others = [_ask(client, prompt, {}), *(_ask(client, prompt, {}, name) for name in PARTS)]
     for parts in (PARTS, dict(reversed(PARTS.items()))):  # the second time with a cached prefix
         assert_equal(_ask(client, prompt, parts), expected, "the sum")

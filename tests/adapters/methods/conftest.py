@@ -98,9 +98,6 @@ class Reference:
         assert (logits(self.model, adapter, self.tokens) - expected).abs().max() < 1e-6 * size
         assert (self.base_logits() - expected).abs().max() > 1e-3 * size
 
-    def lowered_logits(self, adapter: LoweredAdapter) -> torch.Tensor:
-        return logits(self.model, adapter, self.tokens)
-
     def base_logits(self) -> torch.Tensor:
         with torch.no_grad():
             return deepcopy(self.model).double()(self.tokens).logits
