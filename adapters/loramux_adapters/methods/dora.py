@@ -37,17 +37,12 @@ from loramux_adapters.files import AdapterFolder
 from loramux_adapters.fold import fold_outputs
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_adapters.methods.lora import CONFIG_FILE, Variant, peft_config, variant
-from loramux_adapters.peft import checks, experts
-from loramux_adapters.peft.config import LoraConfig
-from loramux_adapters.peft.sites import Part, Sites, plain_name, read_sites
-from loramux_adapters.peft.targets import Targets
+from loramux_adapters.peft import experts
+from loramux_adapters.peft.lora_sites import FACTORS, LoraSites, read_lora_sites
+from loramux_adapters.peft.sites import Part, plain_name
 from loramux_adapters.peft.tensors import PREFIX
 from loramux_adapters.verify import verify
 
-_FACTORS = {
-    "a": Part(PREFIX + "{module}.lora_A.weight", "RI"),
-    "b": Part(PREFIX + "{module}.lora_B.weight", "OR"),
-}
 _MAGNITUDE = Part(PREFIX + "{module}.lora_magnitude_vector", "O")
 _AUTHORS = "DORA"  # peft_type
 _AUTHORS_MAGNITUDE = Part(PREFIX + "{module}.weight_m_wdecomp.weight", "O1")
@@ -60,9 +55,7 @@ _VANISHED = 1e-12
 class DoraCheckpoint:
     """`magnitude`: the template of its name."""
 
-    config: LoraConfig
-    sites: Sites
-    alphas: Mapping[str, float]
+    lora: LoraSites
     magnitude: str
 
 
@@ -84,45 +77,34 @@ class Dora:
     def read(self, folder: AdapterFolder, base: BaseModel) -> DoraCheckpoint:
         raw = folder.read_json(CONFIG_FILE)
         if raw["peft_type"] == _AUTHORS:
-            magnitude = _AUTHORS_MAGNITUDE
+            magnitude, own = _AUTHORS_MAGNITUDE, _AUTHORS_FIELDS
             _refuse_magnitudes_alone(raw)
-            absent = (*experts.LATER_FIELDS, "lora_bias", "use_dora")
-            config = experts.parse_shared_fields(raw, _AUTHORS_FIELDS, raw.get("r", 0), absent)
+            experts.refuse_absent(raw, (*experts.LATER_FIELDS, "lora_bias", "use_dora"))
         else:
-            magnitude = _MAGNITUDE
+            magnitude, own = _MAGNITUDE, frozenset({"use_dora"})
             experts.check_flag(raw, "use_dora")
-            config = experts.parse_shared_fields(raw, {"use_dora"}, raw.get("r", 0), absent=())
-        targets = Targets(config)
-        ranks, alphas = targets.resolve(base.linears)
-        sites = read_sites(
-            folder,
-            base,
-            config,
-            _FACTORS | {"m": magnitude},
-            lambda module, _: {"R": ranks[module]},
-            count=1,
-            targets=targets,
-            normalise=lambda name: plain_name(name).replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
-        )
-        for module, part in sites.modules.items():
+        lora = read_lora_sites(folder, base, raw, own, {**FACTORS, "m": magnitude}, normalise=_plain_name)
+        for module, part in lora.sites.modules.items():
             _check_magnitude(magnitude.template.format(module=module), part["m"][0])
-        return DoraCheckpoint(config, sites, alphas, magnitude.template)
+        return DoraCheckpoint(lora, magnitude.template)
 
     def lower(self, checkpoint: DoraCheckpoint, base: BaseModel) -> LoweredAdapter:
-        sites = {}
-        for module, part in checkpoint.sites.modules.items():
+        sites, lora = {}, checkpoint.lora
+        for module, part in lora.sites.modules.items():
             (a,), (b,), (m,) = part["a"], part["b"], part["m"]
-            alpha = checkpoint.alphas[module]
-            factor = checkpoint.config.scale(len(a), alpha)
-            scale = checks.rank_scale(module, len(a), alpha, factor)
+            factor, scale = lora.factor(module, len(a)), lora.scale(module, len(a))
             name = checkpoint.magnitude.format(module=module)
             magnitude = m.double().flatten() / _row_norms(module, base.row_blocks(module), a, b, factor, name)
             folded = fold_outputs(b, magnitude).T.contiguous()
             sites[module] = LoweredSite(a, folded, scale, magnitude=magnitude.float())
-        return LoweredAdapter(self.name, sites, checkpoint.sites.warnings)
+        return LoweredAdapter(self.name, sites, lora.sites.warnings)
 
     def verify(self, adapter: LoweredAdapter, base: BaseModel) -> None:
         verify(adapter, base)
+
+
+def _plain_name(name: str) -> str:
+    return plain_name(name).replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 
 def _row_norms(

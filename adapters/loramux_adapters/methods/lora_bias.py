@@ -11,7 +11,7 @@ PEFT trains every bias of the model: those outside of the adapted layers are ref
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from loramux_adapters.abilities import Abilities, Layout
@@ -21,27 +21,16 @@ from loramux_adapters.files import AdapterFolder
 from loramux_adapters.fold import scales
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_adapters.methods.lora import CONFIG_FILE, Variant, variant
-from loramux_adapters.peft import checks, experts
-from loramux_adapters.peft.config import LoraConfig
+from loramux_adapters.peft import experts
+from loramux_adapters.peft.lora_sites import FACTORS, LoraSites
 from loramux_adapters.peft.sites import Part, Sites, plain_name, read_sites
 from loramux_adapters.peft.targets import Targets
 from loramux_adapters.peft.tensors import PREFIX
 from loramux_adapters.verify import verify
 
 _TRAINED = PREFIX + "{module}.base_layer.bias"
-_FACTORS = {
-    "a": Part(PREFIX + "{module}.lora_A.weight", "RI"),
-    "b": Part(PREFIX + "{module}.lora_B.weight", "OR"),
-}
 _BETA = {"beta": Part(PREFIX + "{module}.lora_B.bias", "O")}
 _BIAS = {"bias": Part(_TRAINED, "O", optional=True)}
-
-
-@dataclass(frozen=True)
-class LoraBiasCheckpoint:
-    config: LoraConfig
-    sites: Sites
-    alphas: Mapping[str, float]
 
 
 class LoraBias:
@@ -64,9 +53,9 @@ class LoraBias:
     def detect(self, folder: AdapterFolder) -> bool:
         return variant(folder) is Variant.BIAS
 
-    def read(self, folder: AdapterFolder, base: BaseModel) -> LoraBiasCheckpoint:
+    def read(self, folder: AdapterFolder, base: BaseModel) -> LoraSites:
         raw = folder.read_json(CONFIG_FILE)
-        layout = _FACTORS | (_BETA if _has_beta(raw) else {}) | (_BIAS if _has_trained(raw) else {})
+        layout = {**FACTORS, **(_BETA if _has_beta(raw) else {}), **(_BIAS if _has_trained(raw) else {})}
         config = experts.parse_shared_fields(raw, {"lora_bias", "bias"}, raw.get("r", 0), absent=())
         targets = Targets(config)
         ranks, alphas = targets.resolve(base.linears)
@@ -85,20 +74,18 @@ class LoraBias:
                 raise _no_bias(_TRAINED.format(module=module), module)
         if _has_trained(raw):
             sites = replace(sites, warnings=(*sites.warnings, *_untrained(raw, sites, base)))
-        return LoraBiasCheckpoint(config, sites, alphas)
+        return LoraSites(config, sites, alphas)
 
-    def lower(self, checkpoint: LoraBiasCheckpoint, base: BaseModel) -> LoweredAdapter:
+    def lower(self, checkpoint: LoraSites, base: BaseModel) -> LoweredAdapter:
         sites = {}
         for module, part in checkpoint.sites.modules.items():
             (a,), (b,) = part["a"], part["b"]
-            alpha = checkpoint.alphas[module]
-            factor = checkpoint.config.scale(len(a), alpha)
-            scale = checks.rank_scale(module, len(a), alpha, factor)
+            alpha, factor = checkpoint.alphas[module], checkpoint.factor(module, len(a))
             bias = scales(module, part["beta"][0], alpha, factor) if "beta" in part else None
             if "bias" in part and (own := base.bias(module)) is not None:
                 change = part["bias"][0].double() - own.double()
                 bias = (change if bias is None else change + bias).float()
-            sites[module] = LoweredSite(a, b.T.contiguous(), scale, bias=bias)
+            sites[module] = LoweredSite(a, b.T.contiguous(), checkpoint.scale(module, len(a)), bias=bias)
         return LoweredAdapter(self.name, sites, checkpoint.sites.warnings)
 
     def verify(self, adapter: LoweredAdapter, base: BaseModel) -> None:
