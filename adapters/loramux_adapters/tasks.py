@@ -2,7 +2,8 @@
 
     g = softmax(scores[task] / T)        scale'[j] = scale[j] · g[expert[j]]
 
-A table's gate asks no token, so what is left is a plain site: exact, with one rounding of the scale to float32.
+A table's gate asks no token, so what is left is a plain site: exact, with one rounding of the scale to float32. Of a
+Bayesian adapter a posterior's scales and their standard deviations are weighted alike: its draws are those of the task.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 
 from loramux_adapters.gate import Gate, GateKind, GateValue, Norm, PostMap, Select
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
+from loramux_adapters.variance import SCALES
 
 
 def at_task(adapter: LoweredAdapter, task: int | None = None) -> LoweredAdapter:
@@ -62,4 +64,13 @@ def _weighted(site: LoweredSite, gate: Gate, task: int | None) -> LoweredSite:
     scores = gate.weights[gate.task if task is None else task].double()
     g = torch.softmax(scores / gate.temperature, 0)
     expert = torch.zeros(site.rank, dtype=torch.long) if site.expert is None else site.expert.long()
-    return replace(site, scale=(site.scale.double() * g[expert]).float(), gate=None, expert=None)
+    weights = g[expert]
+
+    def weighted(scale: torch.Tensor) -> torch.Tensor:
+        return (scale.double() * weights).float()
+
+    variance = site.variance
+    if variance is not None:
+        scales = {name: weighted(variance.tensors[name]) for name in SCALES if name in variance.tensors}
+        variance = replace(variance, tensors={**variance.tensors, **scales})
+    return replace(site, scale=weighted(site.scale), gate=None, expert=None, variance=variance)

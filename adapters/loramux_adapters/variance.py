@@ -51,6 +51,9 @@ class Variance:
 STANDARD_DEVIATIONS = ("sigma_a", "sigma_b", "sigma_scale")
 """What may not be negative. (S of HIERARCHICAL may: S ⊙ z has the law of |S| ⊙ z.)"""
 
+SCALES = ("sigma_scale", "member_scale")
+"""What belongs to a rank's scale: a factor of that is one of these, too."""
+
 # Axes: Ra rows of a, R ranks, I = d_in, O = d_out; K (deviations), S (members) and V (rank of the standard deviation)
 # are free but at least 1. An axis has one length in all tensors of a site.
 SHAPES: Mapping[VarianceKind, Mapping[str, tuple[str, ...]]] = {

@@ -8,15 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from loramux_adapters import Gate, LoweredAdapter, open_artefact
+from loramux_adapters import Gate, LoweredAdapter, draw, open_artefact
 from loramux_adapters.artefact import stored
 from loramux_adapters.gate import GateKind, GateSource, Select
 from loramux_adapters.native import digest_of
 from loramux_adapters.prepare import keep
 from loramux_adapters.tasks import at_task, task_count
+from loramux_adapters.variance import VarianceKind
+from loramux_adapters.verify import verify
 
 from .checkpoints import BASE
 from .natives import DOWN, Q, adapters, make_gate, make_site, same
+from .posterior.posteriors import make_variance
 
 
 def make_table(tasks: int = 3, default: int | None = 1, **fields: Any) -> Gate:
@@ -39,6 +42,25 @@ def test_weights_of_the_experts_become_scales(task: int | None) -> None:
     )
     assert not one.gates and one.sites[DOWN] is adapter.sites[DOWN]
     assert same(replace(one.sites[Q], scale=adapter.sites[Q].scale), replace(adapter.sites[Q], gate=None, expert=None))
+
+
+@pytest.mark.parametrize("kind", sorted(set(VarianceKind) - {VarianceKind.HIERARCHICAL}))  # which no gate may have
+def test_a_draw_of_a_task_is_the_task_of_a_draw(kind: VarianceKind) -> None:
+    adapter = make_adapter(q=make_table())
+    site = adapter.sites[Q]
+    site = replace(site, variance=make_variance(kind, site))
+    adapter = replace(adapter, sites={**adapter.sites, Q: site})
+    verify(adapter, BASE)
+    for sample in (0, 3):
+        found, expected = (
+            one.sites[Q]
+            for one in (
+                draw(at_task(adapter, 2), digest="d", seed=0, sample=sample),
+                at_task(draw(adapter, digest="d", seed=0, sample=sample), 2),
+            )
+        )
+        torch.testing.assert_close(found.scale, expected.scale, rtol=1e-5, atol=1e-6)
+        assert same(replace(found, scale=expected.scale), expected)
 
 
 def test_what_is_no_choice_of_a_task_stays() -> None:
