@@ -8,7 +8,7 @@ gives itself, between 0.001 and 0.2, and takes the end that is beyond the bound,
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +68,15 @@ def search(
 ) -> Found:
     """Find σ_q for the adapter on its base, a float32 transformers model.
 
-    Raises AdapterConfigInvalid if no text has two tokens, AdapterUnsupportedFeature if not even the least σ is within
-    the bound, and what `tfb` raises.
+    Raises AdapterConfigInvalid if no text has two tokens, AdapterUnsupportedFeature for an adapter with a capacity, or
+    if not even the least σ is within the bound, and what `tfb` raises.
     """
+    if adapter.limited:
+        raise AdapterUnsupportedFeature(
+            "An expert of the adapter takes a limited number of tokens, which are counted only where it is served.",
+            hint="Give σ_q.",
+            field="capacity",
+        )
     texts = [text for text in texts if len(text) > 1]
     if not texts:
         raise AdapterConfigInvalid(
@@ -101,7 +107,7 @@ def search(
     return Found(found[0], before, found[1], tuple(tried))
 
 
-def _nll(model: Any, draws: Any, texts: Texts) -> float:
+def _nll(model: Any, draws: Iterable[LoweredAdapter], texts: Texts) -> float:
     """Nats per token of the mean of the draws' predictions."""
     logs = []
     for one in draws:

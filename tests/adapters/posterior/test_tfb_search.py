@@ -1,16 +1,19 @@
 """The search for σ_q on a tiny model: what it finds is within the bound, and more is not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loramux_adapters import AdapterError, BaseModel, LoweredAdapter, draw
 from loramux_adapters.applied import applied
+from loramux_adapters.gate import Capacity
 from loramux_adapters.native import digest_of
 from loramux_adapters.posterior.tfb import tfb
 from loramux_adapters.posterior.tfb_search import Options, search
 
-from ..natives import make_site
+from ..natives import make_gate, make_site
 
 CONFIG = LlamaConfig(
     hidden_size=32,
@@ -75,6 +78,16 @@ def test_it_is_refused_where_no_noise_is_little_enough(tiny):
     with pytest.raises(AdapterError) as refusal:
         search(*tiny, TEXTS, Options(change=1e-12, samples=1, steps=3))
     assert (refusal.value.code, refusal.value.field) == ("adapter_unsupported_feature", "change")
+
+
+def test_an_adapter_whose_tokens_would_have_to_be_counted_is_refused(tiny):
+    model, adapter, base = tiny
+    module, site = next(iter(adapter.sites.items()))
+    gate = make_gate(2, site.a.shape[1], capacity=Capacity(3))
+    site = replace(site, gate="g", expert=torch.tensor([0, 1], dtype=torch.int32))
+    with pytest.raises(AdapterError) as refusal:
+        search(model, replace(adapter, sites={module: site}, gates={"g": gate}), base, TEXTS, Options())
+    assert (refusal.value.code, refusal.value.field) == ("adapter_unsupported_feature", "capacity")
 
 
 def test_texts_without_a_token_to_predict_are_refused(tiny):
