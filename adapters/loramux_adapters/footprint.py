@@ -6,18 +6,20 @@ from loramux_adapters.base_model import BaseModel
 from loramux_adapters.lowered import LoweredAdapter
 from loramux_adapters.token_gates import reservation
 from loramux_kernels import Geometry, SiteSpec
+from loramux_kernels.sequences import ROWS_PER_SEQUENCE
 
 #: Projections that engines fuse because they read the same input: the pool keeps their rank rows together.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def pool_bytes(adapter: LoweredAdapter, base: BaseModel, dtype: torch.dtype) -> int:
-    """Bytes in a pool of this dtype: rank rows, routers, magnitudes, biases and tables, alignment included; without
-    the counts that a capacity keeps for each request that may run, 8 bytes per expert and site.
+def pool_bytes(adapter: LoweredAdapter, base: BaseModel, dtype: torch.dtype, max_requests: int = 0) -> int:
+    """Bytes in a pool of this dtype: rank rows, routers, magnitudes, biases and tables, alignment included.
+
+    max_requests  how many requests may run at once: the pool keeps counts for each where the adapter has a capacity
 
     The adapter passed `check_servable`.
     """
-    geometry = Geometry(site_specs(base), dtype, max(1, adapter.rank), count_rows=0)
+    geometry = Geometry(site_specs(base), dtype, max(1, adapter.rank), ROWS_PER_SEQUENCE * max_requests)
     return sum(layout.nbytes for layout in geometry.layouts(**reservation(adapter, base.biased)).values())
 
 

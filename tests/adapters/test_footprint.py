@@ -7,7 +7,7 @@ import torch
 
 from loramux_adapters import Gate, LoweredAdapter
 from loramux_adapters.footprint import pool_bytes, site_specs
-from loramux_adapters.gate import Select
+from loramux_adapters.gate import Capacity, Select
 from loramux_adapters.token_gates import reservation
 from loramux_kernels import AdapterPool
 
@@ -35,17 +35,21 @@ TWO = torch.tensor([0, 1, 1, 1], dtype=torch.int32)
         make_mixture(),
         LoweredAdapter("adamole", {Q: make_site(gate="q", expert=TWO)}, gates={"q": ADAPTIVE}),
         LoweredAdapter("mola/compact", {Q: make_site(gate="q", expert=TWO)}, gates={"q": MERGED}),
+        LoweredAdapter("sira", {Q: make_site(gate="q", expert=TWO)}, gates={"q": make_gate(5, capacity=Capacity(9))}),
     ],
-    ids=["plain", "magnitude and bias", "magnitude", "mixture", "threshold of the token's own", "merged experts"],
-)
+    ids=[
+        "plain", "magnitude and bias", "magnitude", "mixture", "threshold of the token's own", "merged experts",
+        "capacity",
+    ],
+)  # fmt: skip
 def test_bytes_are_what_a_pool_takes(adapter: LoweredAdapter, dtype: torch.dtype) -> None:
     base = replace(BASE, biased=frozenset({Q}))
     pool = AdapterPool(
-        site_specs(base), capacity_bytes=1 << 20, slots=1, max_rank=16, max_tokens=8, max_requests=2, dtype=dtype,
-        device="cpu",
+        site_specs(base), capacity_bytes=1 << 20, slots=1, max_rank=16, max_tokens=8, max_requests=70,
+        dtype=dtype, device="cpu",
     )  # fmt: skip
     pool.reserve(**reservation(adapter, base.biased))
-    assert pool_bytes(adapter, base, dtype) == pool.used_bytes
+    assert pool_bytes(adapter, base, dtype, max_requests=70) == pool.used_bytes
 
 
 def test_linears_are_fused_as_engines_fuse_them() -> None:

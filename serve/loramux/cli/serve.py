@@ -64,16 +64,15 @@ def run(config: ServeConfig) -> int:
     adapters = find(config, args.served_model_name)
     known = check(adapters, read, store, all_of_them=config.dry_run)
 
-    item_bytes = arguments.item_bytes(args)
     few = len(known) <= FEW
+    measure = functools.partial(
+        memory_of, base=base, item_bytes=arguments.item_bytes(args), max_requests=arguments.max_requests(args)
+    )
     plan = MemoryPlan(
         device=arguments.device_name(),
         dtype=str(args.dtype),
         adapter_bytes=arguments.adapter_bytes(config.adapter_memory),
-        adapters={
-            name: memory_of(artefact, base, item_bytes, exact=few or adapters[name].required)
-            for name, artefact in known.items()
-        },
+        adapters={name: measure(artefact, exact=few or adapters[name].required) for name, artefact in known.items()},
         max_rank=rank_limit(config.max_rank, [artefact.summary.rank for artefact in known.values()]),
         kv_cache=arguments.kv_cache_line(args),
         score_bytes=config.score_memory,

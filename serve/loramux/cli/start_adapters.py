@@ -85,15 +85,16 @@ def check(adapters: Mapping[str, Given], prepare: Prepare, store: Store, *, all_
     return known
 
 
-def memory_of(artefact: Artefact, base: BaseModel, item_bytes: int, *, exact: bool) -> int:
-    """Bytes of an adapter in the pool; `item_bytes`: those of one weight there.
+def memory_of(artefact: Artefact, base: BaseModel, item_bytes: int, *, max_requests: int, exact: bool) -> int:
+    """Bytes of an adapter in the pool; `item_bytes`: those of one weight there; `max_requests`: how many may run.
 
-    Not `exact`: from the summary alone, up to a few per cent, for adapters by the thousand.
+    Not `exact`: from the summary alone, up to a few per cent and without the counts of a capacity, for adapters by the
+    thousand.
     """
     if exact:
         # Damaged since it was written: it will be read from its source again.
         with suppress(AdapterError):
-            return pool_bytes(open_artefact(artefact.path), base, _DTYPES[item_bytes])
+            return pool_bytes(open_artefact(artefact.path), base, _DTYPES[item_bytes], max_requests)
     stored = 2 if artefact.summary.dtype in ("bfloat16", "float16") else 4
     return artefact.summary.nbytes * item_bytes // stored
 

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 
 from loramux.config import KEY_VARIABLES, ServeConfig
 from loramux.engine.settings import KEY, DataPlaneSettings
@@ -119,6 +121,17 @@ def kv_cache_line(args: Namespace) -> str:
     if current_platform.is_cpu():
         return f"{os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB (VLLM_CPU_KVCACHE_SPACE)"
     return f"what is left of {args.gpu_memory_utilization:.0%} of the device (--gpu-memory-utilization)"
+
+
+def max_requests(args: Namespace) -> int:
+    """How many requests may run at once: --max-num-seqs, or what vLLM takes without it."""
+    if args.max_num_seqs is not None:
+        return int(args.max_num_seqs)
+    _, defaults = AsyncEngineArgs.get_batch_defaults(world_size=1)
+    number = defaults[UsageContext.OPENAI_API_SERVER]
+    if args.performance_mode == "throughput":
+        number *= 2
+    return min(number, args.max_num_batched_tokens or number)
 
 
 def _plugins(named: str | None) -> list[str]:

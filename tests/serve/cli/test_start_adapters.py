@@ -26,7 +26,7 @@ from loramux.registry import Store
 from loramux_adapters import AdapterCorrupt, Artefact, BaseModel, Gate, LoweredAdapter
 from loramux_adapters.artefact import summarise, write_artefact
 from loramux_adapters.base_weights import BaseWeights
-from loramux_adapters.gate import Select
+from loramux_adapters.gate import Capacity, Select
 from loramux_adapters.lowered import LoweredSite
 from loramux_adapters.native import digest_of
 from loramux_kernels.arena import aligned
@@ -153,7 +153,18 @@ def test_memory_of_a_router_counts_its_rows(tmp_path: Path) -> None:
         adapter = LoweredAdapter("mole", {"up_proj": site}, gates={"g": gate})
         layout = [(2 + 3) * 4 * 2, 2 * 4, 2 * 4, 2 * 8 * 2]  # A and router, scale, expert, B
         expected = sum(map(aligned, layout))
-        assert memory_of(written(adapter, tmp_path), BASE, 2, exact=True) == expected
+        assert memory_of(written(adapter, tmp_path), BASE, 2, max_requests=1, exact=True) == expected
+
+
+def test_memory_of_a_capacity_counts_for_every_request(tmp_path: Path) -> None:
+    """Two rows of counts, of four bytes for each expert."""
+    owners = torch.tensor([0, 1], dtype=torch.int32)
+    site = LoweredSite(torch.ones(2, 4), torch.ones(2, 8), torch.ones(2), gate="g", expert=owners)
+    sizes = []
+    for capacity in (None, Capacity(5)):
+        adapter = LoweredAdapter("sira", {"up_proj": site}, gates={"g": Gate(torch.ones(3, 4), capacity=capacity)})
+        sizes.append(memory_of(written(adapter, tmp_path), BASE, 2, max_requests=100, exact=True))
+    assert sizes[1] - sizes[0] == aligned(100 * 2 * 3 * 4)
 
 
 def test_memory_of_magnitudes_and_biases(tmp_path: Path) -> None:
@@ -163,7 +174,8 @@ def test_memory_of_magnitudes_and_biases(tmp_path: Path) -> None:
     for biased, has_bias, words in ((False, False, 1), (True, False, 2), (False, True, 2), (True, True, 2)):
         adapter = LoweredAdapter("dora", {"up_proj": replace(site, bias=torch.ones(8) if has_bias else None)})
         base = replace(BASE, biased=frozenset({"up_proj"} if biased else ()))
-        assert memory_of(written(adapter, tmp_path), base, 2, exact=True) == plain + words * aligned(4 * 8)
+        found = memory_of(written(adapter, tmp_path), base, 2, max_requests=1, exact=True)
+        assert found == plain + words * aligned(4 * 8)
 
 
 def written(adapter: LoweredAdapter, cache: Path) -> Artefact:
@@ -175,4 +187,4 @@ def written(adapter: LoweredAdapter, cache: Path) -> Artefact:
 def test_memory_of_an_artefact_that_is_damaged_is_told_from_its_summary(tmp_path: Path, exact: bool) -> None:
     artefact = make_artefact("a", tmp_path)
     artefact.path.write_text("damaged")
-    assert memory_of(artefact, BASE, 2, exact=exact) == artefact.summary.nbytes // 2
+    assert memory_of(artefact, BASE, 2, max_requests=1, exact=exact) == artefact.summary.nbytes // 2

@@ -6,10 +6,14 @@ import json
 import os
 from argparse import Namespace
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
 
 from loramux.config import ServeConfig
 from loramux.engine import arguments
@@ -153,3 +157,24 @@ def test_an_option_nobody_knows_ends_the_start(capsys: pytest.CaptureFixture[str
         parse("--no-such-option")
     assert caught.value.code == 2
     assert "--no-such-option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--max-num-seqs", "7"],
+        ["--max-num-batched-tokens", "100"],
+        ["--max-num-batched-tokens", "100", "--max-num-seqs", "90"],
+        ["--performance-mode", "throughput"],
+        ["--performance-mode", "throughput", "--max-num-batched-tokens", "200"],
+    ],
+)
+def test_as_many_requests_may_run_as_vllm_says(options: list[str], tmp_path: Path) -> None:
+    LlamaConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50, max_position_embeddings=64,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    args = arguments.parse_engine_args([*options, "--skip-tokenizer-init"], model=str(tmp_path), served_name="m")
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    assert arguments.max_requests(args) == config.scheduler_config.max_num_seqs
