@@ -88,5 +88,5 @@ class Blob:
         verify(adapter, base)
 
 
-def _plain_name(name: str) -> str:
+def _plain_name(name: str, _: object) -> str:
     return plain_name(name).replace(".lora_A.lora_A_rho", ".lora_A_rho")

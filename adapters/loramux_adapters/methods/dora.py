@@ -103,7 +103,7 @@ class Dora:
         verify(adapter, base)
 
 
-def _plain_name(name: str) -> str:
+def _plain_name(name: str, _: object) -> str:
     return plain_name(name).replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 

@@ -10,7 +10,7 @@ there. A file without one, as older PEFT writes it, means the base's own to PEFT
 PEFT trains every bias of the model: those outside of the adapted layers are refused.
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +22,8 @@ from loramux_adapters.fold import scales
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_adapters.methods.lora import CONFIG_FILE, Variant, variant
 from loramux_adapters.peft import experts
-from loramux_adapters.peft.lora_sites import FACTORS, LoraSites
-from loramux_adapters.peft.sites import Part, Sites, plain_name, read_sites
-from loramux_adapters.peft.targets import Targets
+from loramux_adapters.peft.lora_sites import FACTORS, LoraSites, read_lora_sites
+from loramux_adapters.peft.sites import Part, Sites, plain_name
 from loramux_adapters.peft.tensors import PREFIX
 from loramux_adapters.verify import verify
 
@@ -56,25 +55,14 @@ class LoraBias:
     def read(self, folder: AdapterFolder, base: BaseModel) -> LoraSites:
         raw = folder.read_json(CONFIG_FILE)
         layout = {**FACTORS, **(_BETA if _has_beta(raw) else {}), **(_BIAS if _has_trained(raw) else {})}
-        config = experts.parse_shared_fields(raw, {"lora_bias", "bias"}, raw.get("r", 0), absent=())
-        targets = Targets(config)
-        ranks, alphas = targets.resolve(base.linears)
-        sites = read_sites(
-            folder,
-            base,
-            config,
-            layout,
-            lambda module, _: {"R": ranks[module]},
-            count=1,
-            targets=targets,
-            normalise=_normaliser(ranks),
-        )
-        for module, part in sites.modules.items():
+        lora = read_lora_sites(folder, base, raw, {"lora_bias", "bias"}, layout, normalise=_plain_name)
+        for module, part in lora.sites.modules.items():
             if "bias" in part and module not in base.biased:
                 raise _no_bias(_TRAINED.format(module=module), module)
-        if _has_trained(raw):
-            sites = replace(sites, warnings=(*sites.warnings, *_untrained(raw, sites, base)))
-        return LoraSites(config, sites, alphas)
+        if not _has_trained(raw):
+            return lora
+        warnings = (*lora.sites.warnings, *_untrained(raw, lora.sites, base))
+        return replace(lora, sites=replace(lora.sites, warnings=warnings))
 
     def lower(self, checkpoint: LoraSites, base: BaseModel) -> LoweredAdapter:
         sites = {}
@@ -121,14 +109,11 @@ def _untrained(raw: Mapping[str, Any], sites: Sites, base: BaseModel) -> Iterato
         )
 
 
-def _normaliser(adapted: Container[str]) -> Callable[[str], str]:
-    def normalise(name: str) -> str:
-        """PEFT's spelling, and the bias of an adapted layer like one of a layer that is wrapped."""
-        plain = plain_name(name)
-        own = plain.endswith(".bias") and plain.removeprefix(PREFIX).removesuffix(".bias") in adapted
-        return f"{plain.removesuffix('.bias')}.base_layer.bias" if own else plain
-
-    return normalise
+def _plain_name(name: str, adapted: Container[str]) -> str:
+    """PEFT's spelling, and the bias of an adapted layer like one of a layer that is wrapped."""
+    plain = plain_name(name)
+    own = plain.endswith(".bias") and plain.removeprefix(PREFIX).removesuffix(".bias") in adapted
+    return f"{plain.removesuffix('.bias')}.base_layer.bias" if own else plain
 
 
 def _no_bias(name: str, module: str) -> AdapterUnknownTensor:

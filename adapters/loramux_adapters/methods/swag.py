@@ -113,7 +113,7 @@ class Swag:
         verify(adapter, base)
 
 
-def _plain_name(name: str) -> str:
+def _plain_name(name: str, _: object) -> str:
     return plain_name(name.removeprefix("base."))
 
 

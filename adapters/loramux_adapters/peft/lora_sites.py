@@ -1,6 +1,6 @@
 """PEFT's LoRA with more tensors at each module than its two factors: what methods that add to LoRA share."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +43,14 @@ def read_lora_sites(
     own: Collection[str],
     layout: Layout,
     sizes: Callable[[str, int], Mapping[str, int]] = lambda module, rank: {},
-    normalise: Callable[[str], str] = plain_name,
+    normalise: Callable[[str, Container[str]], str] = lambda name, adapted: plain_name(name),
 ) -> LoraSites:
     """Read the folder by PEFT's rules for LoRA.
 
-    raw     its config, of which `own` fields are the caller's
-    layout  the tensors of a module; R is its rank
-    sizes   lengths of the layout's other letters at a module of this rank
+    raw        its config, of which `own` fields are the caller's
+    layout     the tensors of a module; R is its rank
+    sizes      lengths of the layout's other letters at a module of this rank
+    normalise  spells a tensor's name as the layout does; told the modules that the config targets, too
     """
     config = experts.parse_shared_fields(raw, own, raw.get("r", 0), absent=())
     targets = Targets(config)
@@ -62,6 +63,6 @@ def read_lora_sites(
         lambda module, _: {"R": ranks[module], **sizes(module, ranks[module])},
         count=1,
         targets=targets,
-        normalise=normalise,
+        normalise=lambda name: normalise(name, ranks),
     )
     return LoraSites(config, sites, alphas)
