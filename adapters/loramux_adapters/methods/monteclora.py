@@ -9,7 +9,6 @@ plain LoRA, and so does this. The sampler's tensors are checked and left out, an
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from loramux_adapters.abilities import Abilities, Layout
@@ -39,11 +38,6 @@ _SAMPLER_FIELDS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class MonteCloraCheckpoint:
-    lora: LoraSites
-
-
 class MonteClora:
     """PEFT's LORA with `monteclora_config`."""
 
@@ -63,25 +57,24 @@ class MonteClora:
     def detect(self, folder: AdapterFolder) -> bool:
         return variant(folder) is Variant.MONTECLORA
 
-    def read(self, folder: AdapterFolder, base: BaseModel) -> MonteCloraCheckpoint:
+    def read(self, folder: AdapterFolder, base: BaseModel) -> LoraSites:
         raw = folder.read_json(CONFIG_FILE)
         number = _samples(raw["monteclora_config"])
-        lora = read_lora_sites(
+        return read_lora_sites(
             folder, base, raw, {"monteclora_config"}, {**FACTORS, **_SAMPLER}, lambda module, rank: {"N": number}
         )
-        return MonteCloraCheckpoint(lora)
 
-    def lower(self, checkpoint: MonteCloraCheckpoint, base: BaseModel) -> LoweredAdapter:
-        sites, lora = {}, checkpoint.lora
-        for module, part in lora.sites.modules.items():
+    def lower(self, checkpoint: LoraSites, base: BaseModel) -> LoweredAdapter:
+        sites = {}
+        for module, part in checkpoint.sites.modules.items():
             (a,), (b,) = part["a"], part["b"]
-            sites[module] = LoweredSite(a, b.T.contiguous(), lora.scale(module, len(a)))
-        left_out = sum(name in part for part in lora.sites.modules.values() for name in _SAMPLER)
+            sites[module] = LoweredSite(a, b.T.contiguous(), checkpoint.scale(module, len(a)))
+        left_out = sum(name in part for part in checkpoint.sites.modules.values() for name in _SAMPLER)
         warning = (
             f"MonteCLoRA samples in training only: {left_out} tensors of its sampler are left out, and a plain LoRA is "
             "served, as in PEFT."
         )
-        return LoweredAdapter(self.name, sites, (*lora.sites.warnings, warning))
+        return LoweredAdapter(self.name, sites, (*checkpoint.sites.warnings, warning))
 
     def verify(self, adapter: LoweredAdapter, base: BaseModel) -> None:
         verify(adapter, base)

@@ -12,8 +12,6 @@ as they are, in adapter_model.safetensors: `<module>.lora_A.default.Vh`, `.log_s
 with one e for each forward pass; here there is one for each draw.
 """
 
-from dataclasses import dataclass
-
 from loramux_adapters.abilities import Abilities, Layout
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.files import AdapterFolder
@@ -36,11 +34,6 @@ _LAYOUT = {
 }
 
 
-@dataclass(frozen=True)
-class ScalablCheckpoint:
-    lora: LoraSites
-
-
 class Scalabl:
     """ScalaBL's tensors, with PEFT's config."""
 
@@ -61,19 +54,19 @@ class Scalabl:
     def detect(self, folder: AdapterFolder) -> bool:
         return peft_config(folder).get("peft_type") in self.abilities.types
 
-    def read(self, folder: AdapterFolder, base: BaseModel) -> ScalablCheckpoint:
-        return ScalablCheckpoint(read_lora_sites(folder, base, folder.read_json(CONFIG_FILE), (), _LAYOUT))
+    def read(self, folder: AdapterFolder, base: BaseModel) -> LoraSites:
+        return read_lora_sites(folder, base, folder.read_json(CONFIG_FILE), (), _LAYOUT)
 
-    def lower(self, checkpoint: ScalablCheckpoint, base: BaseModel) -> LoweredAdapter:
-        sites, lora = {}, checkpoint.lora
-        for module, part in lora.sites.modules.items():
+    def lower(self, checkpoint: LoraSites, base: BaseModel) -> LoweredAdapter:
+        sites = {}
+        for module, part in checkpoint.sites.modules.items():
             (v,), (log_s,), (log_sigma,), (b,) = (part[name] for name in ("v", "log_s", "log_sigma", "b"))
-            alpha, factor = lora.alphas[module], lora.factor(module, len(v))
+            alpha, factor = checkpoint.alphas[module], checkpoint.factor(module, len(v))
             sigma = scales(module, log_sigma.double().exp(), alpha, abs(factor))
             variance = Variance(VarianceKind.RANK_DIAGONAL, {"sigma_scale": sigma})
             scale = scales(module, log_s.double().exp(), alpha, factor)
             sites[module] = LoweredSite(v, b.T.contiguous(), scale, variance=variance)
-        return LoweredAdapter(self.name, sites, lora.sites.warnings)
+        return LoweredAdapter(self.name, sites, checkpoint.sites.warnings)
 
     def verify(self, adapter: LoweredAdapter, base: BaseModel) -> None:
         verify(adapter, base)
