@@ -26,7 +26,6 @@ from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_adapters.verify import verify
 
 METHOD = "arrow"
-_NOT_PLAIN = ("gate", "magnitude", "bias", "carry", "variance")
 
 
 def arrow(
@@ -48,7 +47,7 @@ def arrow(
     """
     _check_options(len(adapters), top_k, temperature)
     for name, adapter in adapters:
-        check_plain(name, adapter, _NOT_PLAIN, hint="Arrow routes over plain LoRAs only.")
+        check_plain(name, adapter, hint="Arrow routes over plain LoRAs only.")
     sites, gates = {}, {}
     for module in sorted({module for _, adapter in adapters for module in adapter.sites}):
         parts = [adapter.sites.get(module) for _, adapter in adapters]

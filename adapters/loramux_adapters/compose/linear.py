@@ -27,7 +27,7 @@ def linear(parts: Sequence[tuple[str, LoweredAdapter, float]], *, base: BaseMode
     Raises AdapterUnsupportedFeature for an adapter that is not plain, and what `verify` raises for the result.
     """
     for name, adapter, _ in parts:
-        check_plain(name, adapter, _NOT_PLAIN, hint=_HINT)
+        check_plain(name, adapter, _HINT, _NOT_PLAIN)
     sites = {
         module: _sum([(adapter.sites[module], weight) for _, adapter, weight in parts if module in adapter.sites])
         for module in sorted({module for _, adapter, _ in parts for module in adapter.sites})

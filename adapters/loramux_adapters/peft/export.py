@@ -11,7 +11,6 @@ from loramux_adapters.compose.plain import check_plain
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_adapters.peft.tensors import PREFIX
 
-_NOT_PLAIN = ("gate", "magnitude", "bias", "carry", "variance")
 _HINT = "A PEFT LoRA is one A and one B per layer. Write a native file instead (FILE.safetensors)."
 
 
@@ -22,7 +21,7 @@ def write_peft(folder: Path, adapter: LoweredAdapter, base_name: str) -> None:
     Where they differ they are multiplied into B, in float32. Raises AdapterUnsupportedFeature for what is no plain
     LoRA, and OSError when the disk does.
     """
-    check_plain(adapter.method, adapter, _NOT_PLAIN, hint=_HINT)
+    check_plain(adapter.method, adapter, _HINT)
     tensors: dict[str, torch.Tensor] = {}
     alphas: dict[str, float] = {}
     for module, site in sorted(adapter.sites.items()):
