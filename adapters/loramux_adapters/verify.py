@@ -88,8 +88,7 @@ def check_values(adapter: LoweredAdapter) -> None:
     """Every number is finite, every magnitude positive, no standard deviation negative, every index in range, and some
     site changes something."""
     for name, tensor in adapter.tensors().items():
-        # NaN comes through both extremes, and one pass without a mask is 8 to 30 times faster than isfinite.
-        if tensor.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+        if not all_finite(tensor):
             raise AdapterNotFinite(
                 f"The adapter's {shown(name)} holds NaN or infinity.",
                 hint="Its training diverged, or the file was damaged: use an earlier checkpoint.",
@@ -114,6 +113,12 @@ def check_values(adapter: LoweredAdapter) -> None:
             "The adapter changes nothing: at every module A, B or the scale is zero.",
             hint="Check that training ran and that the trained weights were saved.",
         )
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Neither NaN nor infinity."""
+    # NaN comes through both extremes, and one pass without a mask is 8 to 30 times faster than isfinite.
+    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
 def _has_effect(site: LoweredSite) -> bool:

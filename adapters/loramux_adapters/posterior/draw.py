@@ -6,8 +6,6 @@ mean's own.
 
 from dataclasses import replace
 
-import torch
-
 from loramux_adapters.errors import (
     AdapterConfigInvalid,
     AdapterNotFinite,
@@ -18,6 +16,7 @@ from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_adapters.posterior.families import draw_site
 from loramux_adapters.posterior.noise import Noise
 from loramux_adapters.variance import VarianceForm, VarianceKind
+from loramux_adapters.verify import all_finite
 
 MAX_SEED = (1 << 63) - 1
 MAX_SAMPLE = (1 << 31) - 1
@@ -76,7 +75,7 @@ def _check_drawable(module: str, site: LoweredSite) -> None:
 
 def _checked(module: str, site: LoweredSite) -> LoweredSite:
     for name, tensor in (("A", site.a), ("B", site.b), ("scale", site.scale)):
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise AdapterNotFinite(
                 f"A draw of {shown(module)}.{name} is beyond the range of {str(tensor.dtype).removeprefix('torch.')}.",
                 hint="Its standard deviations are too large: use an earlier checkpoint, or save it in float32.",
