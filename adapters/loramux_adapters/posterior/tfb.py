@@ -56,7 +56,7 @@ def check_plain_sites(adapter: LoweredAdapter) -> None:
 def _site(site: LoweredSite, sigma_q: float) -> LoweredSite:
     owner = torch.zeros(site.rank, dtype=torch.int32) if site.expert is None else site.expert
     a, b, scale, sigma, expert = [], [], [], [], []
-    for one in torch.unique_consecutive(owner.sort().values):
+    for one in torch.unique(owner):
         ranks = owner == one
         rows, columns, scales = site.expanded_a[ranks].double(), site.b[ranks].double(), site.scale[ranks].double()
         if bool((scales != scales[0]).any()):
