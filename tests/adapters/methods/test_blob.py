@@ -10,11 +10,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from loramux_adapters import AdapterError, lower, posterior_of
-from loramux_adapters.artefact import digest_of
 
 from ..checkpoints import BASE, write_adapter
 from ..layouts.blob import make_config, make_tensors
 from ..layouts.draw import PREFIX
+from .formula import assert_one_adapter
 from .refusals import assert_refused, drop, poison, put
 from .sampled import assert_sampled, matrix
 
@@ -93,8 +93,7 @@ def test_all_spellings_mean_the_same(tmp_path):
     assert {name.rpartition("q_proj.")[2] for name in spellings["BayesAdapt"] if "q_proj" in name} == {
         "lora_A.default.weight", "lora_B.default.weight", "lora_A.default.lora_A_rho"
     }  # fmt: skip
-    folders = [write_adapter(tmp_path / name, make_config(), content) for name, content in spellings.items()]
-    assert len({digest_of(lower(folder, BASE)) for folder in folders}) == 1
+    assert_one_adapter(tmp_path, *((make_config(), content) for content in spellings.values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

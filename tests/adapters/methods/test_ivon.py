@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ..layouts.draw import PREFIX
+from ..layouts.draw import PREFIX, given
 from ..layouts.ivon import make_config, make_tensors
 from .refusals import assert_refused, drop, poison, put
 from .sampled import assert_sampled, matrix
@@ -72,5 +72,4 @@ A, B = f"{SITE}.lora_A.hess", f"{SITE}.lora_B.hess"
     ],
 )
 def test_refusals(config, spoil, code, field, tmp_path):
-    config = {name: value for name, value in make_config(**config).items() if value is not ...}
-    assert_refused(tmp_path, config, make_tensors(), spoil, code, field)
+    assert_refused(tmp_path, given(**make_config(**config)), make_tensors(), spoil, code, field)

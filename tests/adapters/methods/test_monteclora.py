@@ -4,12 +4,11 @@ import peft
 import pytest
 
 from loramux_adapters import lower, posterior_of
-from loramux_adapters.artefact import digest_of
 from loramux_adapters.methods.monteclora import _SAMPLER, _SAMPLER_FIELDS
 
-from ..checkpoints import BASE, write_adapter
 from ..layouts.draw import PREFIX
 from ..layouts.monteclora import make_config, make_tensors
+from .formula import assert_one_adapter
 from .refusals import assert_refused, put
 
 SITE = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_monteclora_sampler"
@@ -35,11 +34,8 @@ def test_the_sampler_plays_no_part(tmp_path):
     """It may be there or not, and its numbers do not matter; but as factors are told by names, so is a method."""
     tensors = make_tensors()
     factors = {name: tensor for name, tensor in tensors.items() if "sampler" not in name}
-    adapters = [
-        lower(write_adapter(tmp_path / str(i), make_config(), content), BASE)
-        for i, content in enumerate((tensors, factors, {n: 2 * t if "sampler" in n else t for n, t in tensors.items()}))
-    ]
-    assert len({digest_of(adapter) for adapter in adapters}) == 1
+    others = {n: 2 * t if "sampler" in n else t for n, t in tensors.items()}
+    assert_one_adapter(tmp_path, *((make_config(), content) for content in (tensors, factors, others)))
 
 
 @pytest.mark.parametrize(
