@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from loramux_adapters.compose.plain import check_plain
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
-from loramux_adapters.peft.tensors import PREFIX
+from loramux_adapters.peft.tensors import PREFIX, WEIGHTS_FILE
 
 _HINT = "A PEFT LoRA is one A and one B per layer. Write a native file instead (FILE.safetensors)."
 
@@ -29,7 +29,7 @@ def write_peft(folder: Path, adapter: LoweredAdapter, base_name: str) -> None:
         tensors[f"{PREFIX}{module}.lora_A.weight"] = site.expanded_a.contiguous().clone()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b.contiguous().clone()
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / WEIGHTS_FILE
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # safetensors' 0600 would keep a server that runs as another user out
     (folder / "adapter_config.json").write_text(json.dumps(_config(adapter, alphas, base_name), indent=2) + "\n")

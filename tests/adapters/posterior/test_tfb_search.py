@@ -26,7 +26,7 @@ CONFIG = LlamaConfig(
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG).eval()
     for parameter in model.parameters():
