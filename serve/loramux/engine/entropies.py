@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from loramux.engine.sequences import first_positions
+
 #: Requests that nobody asked about: their clients left. The oldest go first.
 _MAX_TAGS = 4096
 _CHUNK = 64
@@ -46,9 +48,7 @@ class Entropies:
         self._planned, self._order = {}, None
         if not self._tags:
             return
-        cached = scheduled.scheduled_cached_reqs
-        computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        computed |= {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
+        computed = first_positions(scheduled)
         for request_id, (_, prompt) in self._tags.items():
             if (count := scheduled.num_scheduled_tokens.get(request_id)) is not None:
                 token = computed[request_id] + count - prompt

@@ -34,7 +34,7 @@ class CountedSequences:
     def rows(self, places: np.ndarray, lengths: np.ndarray, request_ids: Sequence[str]) -> tuple[CountRows, list[int]]:
         """Rows for a batch in which the requests at these places are counted, and the places whose counts are lost."""
         read, write = np.full((2, len(lengths)), -1, np.int32)
-        begins = _begins(self._scheduled)
+        begins = first_positions(self._scheduled)
         lost = []
         for place in places.tolist():
             rows = self._advance(request_ids[place], begins.get(request_ids[place]), int(lengths[place]))
@@ -75,7 +75,7 @@ class _Counted:
         self.end = 0
 
 
-def _begins(output: Any) -> dict[str, int]:
+def first_positions(output: Any) -> dict[str, int]:
     """Request -> position of its first token in the step."""
     if output is None:
         return {}
