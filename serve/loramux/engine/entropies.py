@@ -7,12 +7,15 @@ Nothing is computed twice: the rows are those that the step samples from, as the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from loramux.engine.sequences import first_positions
+
+logger = logging.getLogger("vllm.loramux")
 
 #: Requests that nobody asked about: their clients left. The oldest go first.
 _MAX_TAGS = 4096
@@ -66,8 +69,12 @@ class Entropies:
         def compute_logits(*args: Any, **kwargs: Any) -> torch.Tensor | None:
             logits = inner(*args, **kwargs)
             if self._order is not None and logits is not None:
-                order, self._order = self._order, None
-                self._read(order, logits)
+                order, planned = self._order, self._planned
+                self._planned, self._order = {}, None  # of this step alone
+                try:
+                    self._read(order, planned, logits)
+                except Exception:  # the step is everybody's
+                    logger.exception("the entropies of a step were not read")
             return logits
 
         return compute_logits
@@ -80,10 +87,10 @@ class Entropies:
         values = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
         return [values.get(token) for token in range(max(values) + 1)]
 
-    def _read(self, order: Sequence[str], logits: torch.Tensor) -> None:
+    def _read(self, order: Sequence[str], planned: Mapping[str, int], logits: torch.Tensor) -> None:
         if len(order) != len(logits):  # speculative decoding: a row is not a request
             return
-        rows = [row for row, request_id in enumerate(order) if request_id in self._planned]
+        rows = [row for row, request_id in enumerate(order) if request_id in planned]
         for begin in range(0, len(rows), _CHUNK):
             part = rows[begin : begin + _CHUNK]
             selected = logits if len(part) == len(logits) else logits[part]
@@ -92,4 +99,4 @@ class Entropies:
             for row, entropy in zip(part, entropies.unbind(), strict=True):
                 tag, _ = self._tags[order[row]]
                 if (found := self._found.get(tag)) is not None:
-                    found[self._planned[order[row]]] = entropy
+                    found[planned[order[row]]] = entropy

@@ -75,6 +75,26 @@ def test_a_token_that_was_not_read_is_none() -> None:
     assert found[0] is None and found[1] is not None
 
 
+def test_a_step_that_was_not_planned_is_not_read() -> None:
+    steps = Steps()
+    steps.worker.watch("x", "tag", 4)
+    found = steps.step({"x": 4}, new=("x",))
+    steps.worker.order(["x"])
+    steps.logits = torch.randn(1, V)
+    steps.compute("hidden")
+    assert steps.worker.take("tag") == pytest.approx(found, abs=1e-5)
+
+
+def test_a_step_goes_on_without_its_entropies(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps()
+    steps.worker.watch("x", "tag", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "log_softmax", lambda *_, **__: 1 / 0)  # as if the device had no memory left
+        steps.step({"x": 4}, new=("x",))  # which takes the logits as they are
+    found = steps.step({"x": 1})
+    assert steps.worker.take("tag") == [None, pytest.approx(found[0], abs=1e-5)]
+
+
 def test_zeros_have_no_entropy() -> None:
     steps = Steps()
     steps.worker.watch("x", "tag", 1)
