@@ -18,7 +18,7 @@ And once it is loaded, because these see the hidden states of every row of a ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -26,14 +26,12 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from loramux.engine.entropies import Entropies
 from loramux.engine.manager import AdapterManager
 from loramux.engine.scoring import Rows, Scoring
 
 
-def install(runner: Any, entropies: Entropies | None = None) -> None:
-    """Hook `runner`, which has not loaded its model yet. `entropies` is told the order of each step's requests."""
-    ordered: Callable[[Sequence[str]], None] = entropies.order if entropies is not None else lambda request_ids: None
+def install(runner: Any) -> None:
+    """Hook `runner`, which has not loaded its model yet."""
 
     def load_lora_model(model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
         runner.lora_manager = AdapterManager(vllm_config, device)
@@ -44,26 +42,24 @@ def install(runner: Any, entropies: Entropies | None = None) -> None:
 
     runner.load_lora_model = load_lora_model
     if hasattr(runner, "lora_state"):
-        _install_v2(runner, select_for_dummy_run, ordered)
+        _install_v2(runner, select_for_dummy_run)
     else:
-        _install_v1(runner, select_for_dummy_run, ordered)
+        _install_v1(runner, select_for_dummy_run)
 
 
-def _install_v1(runner: Any, select_for_dummy_run: Any, ordered: Callable[[Sequence[str]], None]) -> None:
+def _install_v1(runner: Any, select_for_dummy_run: Any) -> None:
     def set_active_loras(input_batch: Any, num_scheduled: np.ndarray, *_: object, **__: object) -> None:
         rows = len(num_scheduled)
-        ordered(input_batch.req_ids)
         runner.lora_manager.step(input_batch.request_lora_mapping[:rows], num_scheduled, input_batch.req_ids)
 
     runner.set_active_loras = set_active_loras
     runner._set_active_loras = select_for_dummy_run
 
 
-def _install_v2(runner: Any, select_for_dummy_run: Any, ordered: Callable[[Sequence[str]], None]) -> None:
+def _install_v2(runner: Any, select_for_dummy_run: Any) -> None:
     state = runner.lora_state
 
     def make_lora_inputs(req_ids: list[str], idx_mapping: np.ndarray, num_scheduled: np.ndarray) -> tuple[Any, ...]:
-        ordered(req_ids)
         return _RealStep(state.lora_ids[idx_mapping], num_scheduled, req_ids), None, None
 
     def set_active_loras(prompt_mapping: Any, token_mapping: Any, requests: Any, *rest: object) -> None:
@@ -76,9 +72,10 @@ def _install_v2(runner: Any, select_for_dummy_run: Any, ordered: Callable[[Seque
     runner._set_active_loras = set_active_loras
 
 
-def install_scoring(runner: Any, scoring: Scoring, entropies: Entropies) -> None:
-    """Let these see the hidden states and the logits of every step of `runner`, which has loaded its model."""
-    runner.model.compute_logits = entropies.wrapped(runner.model.compute_logits)
+def install_scoring(runner: Any, scoring: Scoring) -> None:
+    """Show `scoring` the hidden states of every step of `runner`, which has loaded its model, and its manager's
+    `entropies` the logits."""
+    runner.model.compute_logits = runner.lora_manager.entropies.wrapped(runner.model.compute_logits)
     if hasattr(runner, "lora_state"):
         _install_scoring_v2(runner, scoring)
     else:

@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
+from loramux.engine.entropies import Entropies
 from loramux.engine.loads import Arrived, Loads
 from loramux.engine.routing import RoutingMonitor
 from loramux.engine.sequences import CountedSequences, uncountable
@@ -39,6 +40,7 @@ class AdapterManager:
         self._slots: dict[int, int] = {}  # version id -> slot
         self._in_dummy_run = False
         self.missing: set[str] = set()
+        self.entropies = Entropies()
         self.sequences: CountedSequences
         self.pool: AdapterPool
         self.loads: Loads
@@ -82,6 +84,7 @@ class AdapterManager:
             slots.fill(-1)
             self.pool.set_idle(False)
         self.uncritical(self.routing.before, slots, lengths, request_ids)
+        self.uncritical(self.entropies.order, request_ids)
         self.missing = {request_ids[row] for row, i in enumerate(ids) if i and slots[row] < 0}
 
     def _count_rows(self, slots: np.ndarray, lengths: np.ndarray, request_ids: Sequence[str]) -> CountRows | None:
@@ -110,7 +113,7 @@ class AdapterManager:
         try:
             observe(*args)
         except Exception:
-            logger.exception("what the routers of this step decide is not counted")
+            logger.exception("not all that requests ask of this step is counted or read")
 
     def idle(self, launch: bool) -> None:
         """A profile run or graph capture: with `launch`, kernels run over an empty batch, to be captured."""

@@ -8,7 +8,6 @@ from vllm.platforms import current_platform
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from loramux.engine import hooks, probe
-from loramux.engine.entropies import Entropies
 from loramux.engine.manager import AdapterManager
 from loramux.engine.scoring import Scoring
 from loramux.engine.settings import MISSING, DataPlaneSettings
@@ -26,8 +25,7 @@ class LoramuxWorker(PlatformWorker):
 
     def load_model(self, **kwargs: Any) -> None:
         probe.check_runner(self.model_runner)
-        self._entropies = Entropies()
-        hooks.install(self.model_runner, self._entropies)
+        hooks.install(self.model_runner)
         super().load_model(**kwargs)
         probe.check_loaded_runner(self.model_runner)
         settings = DataPlaneSettings.from_config(self.vllm_config.additional_config)
@@ -36,7 +34,7 @@ class LoramuxWorker(PlatformWorker):
             state_bytes=settings.score_bytes,
             device=self.model_runner.device,
         )
-        hooks.install_scoring(self.model_runner, self._scoring, self._entropies)
+        hooks.install_scoring(self.model_runner, self._scoring)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         self._adapters.scheduled(scheduler_output)
@@ -73,7 +71,7 @@ class LoramuxWorker(PlatformWorker):
         return self._scoring.take(job)
 
     def loramux_entropies(self, tag: str) -> list[float | None]:
-        return self._entropies.take(tag)
+        return self._adapters.entropies.take(tag)
 
     def loramux_drop_scores(self, job: str) -> None:
         self._scoring.drop(job)
@@ -84,7 +82,7 @@ class LoramuxWorker(PlatformWorker):
 
     def _watch(self, scheduler_output: Any) -> None:
         """Requests that ask what their routers decide, or are to be read, say so in their sampling parameters."""
-        routing, scoring, entropies = self._adapters.routing, self._scoring, self._entropies
+        routing, scoring, entropies = self._adapters.routing, self._scoring, self._adapters.entropies
         for watcher in (routing, scoring, entropies):
             watcher.forget(scheduler_output.finished_req_ids)
         for request in scheduler_output.scheduled_new_reqs:

@@ -23,15 +23,17 @@ LORA_CONFIG: Any = SimpleNamespace(max_loras=4, max_lora_rank=16)
 
 
 class RecordingManager:
-    """Keeps what a step was told: per request its id, version and number of tokens."""
+    """Keeps what a step was told: per request its id, version and number of tokens; tells the order of its rows."""
 
     def __init__(self) -> None:
         self.steps: list[list[tuple[str, int, int]]] = []
         self.idles: list[bool] = []
         self.missing: set[str] = set()
+        self.entropies = Entropies()
 
     def step(self, version_ids: np.ndarray, lengths: np.ndarray, request_ids: list[str]) -> None:
         self.steps.append(list(zip(request_ids, version_ids.tolist(), lengths.tolist(), strict=True)))
+        self.entropies.order(request_ids)
 
     def idle(self, launch: bool) -> None:
         self.idles.append(launch)
@@ -189,8 +191,9 @@ def test_v1_shows_the_rows_of_requests_that_are_read() -> None:
         requests={"read": SimpleNamespace(num_computed_tokens=16)},
         query_start_loc=SimpleNamespace(np=np.array([0, 5, 12, 13])),
         model=SimpleNamespace(compute_logits=lambda hidden: "logits"),
+        lora_manager=RecordingManager(),
     )
-    hooks.install_scoring(runner, scoring, Entropies())
+    hooks.install_scoring(runner, scoring)
     assert runner._get_prompt_logprobs_dict("hidden", {"read": 7, "x": 5, "y": 1}) == {"theirs": 3}
     assert runner._get_prompt_logprobs_dict("hidden", {"x": 5}) == {"theirs": 1}  # not scheduled in this step
     assert scoring.seen == [Rows("read", 5, 16, 7)]
@@ -203,8 +206,10 @@ def test_v2_shows_the_rows_of_requests_that_are_read() -> None:
     scoring: Any = RecordingScoring()
     worker: Any = SimpleNamespace(compute_prompt_logprobs=lambda fn, hidden, batch, ids, *, lens: (ids, lens))
     model = SimpleNamespace(compute_logits=lambda hidden: "logits")
-    runner = SimpleNamespace(lora_state=None, prompt_logprobs_worker=worker, model=model)
-    hooks.install_scoring(runner, scoring, Entropies())
+    runner = SimpleNamespace(
+        lora_state=None, prompt_logprobs_worker=worker, model=model, lora_manager=RecordingManager()
+    )
+    hooks.install_scoring(runner, scoring)
     batch = SimpleNamespace(
         req_ids=["x", "read"],
         num_computed_prefill_tokens_np=np.array([3, 16]),
@@ -221,14 +226,15 @@ def test_v2_shows_the_rows_of_requests_that_are_read() -> None:
 
 @pytest.mark.parametrize("make", [Runner, RunnerV2])
 def test_the_logits_of_a_step_are_read_in_the_order_of_its_rows(make: type[Runner]) -> None:
-    entropies, runner = Entropies(), make()
-    hooks.install(runner, entropies)
+    runner = make()
+    entropies = runner.manager.entropies
+    hooks.install(runner)
     logits = torch.randn(2, 9)
     any_runner: Any = runner
     any_runner.model = SimpleNamespace(compute_logits=lambda hidden: logits)
     any_runner.prompt_logprobs_worker = SimpleNamespace(compute_prompt_logprobs=None)
     any_runner._get_prompt_logprobs_dict = None
-    hooks.install_scoring(any_runner, Scoring(vocabulary=9, state_bytes=0, device=torch.device("cpu")), entropies)
+    hooks.install_scoring(any_runner, Scoring(vocabulary=9, state_bytes=0, device=torch.device("cpu")))
     entropies.watch("x", "tag", 5)
     new = SimpleNamespace(req_id="x", num_computed_tokens=0)
     cached = SimpleNamespace(req_ids=[], num_computed_tokens=[])
@@ -238,7 +244,8 @@ def test_the_logits_of_a_step_are_read_in_the_order_of_its_rows(make: type[Runne
     if isinstance(runner, RunnerV2):
         for index, req_id in enumerate(("x", "y")):
             runner.lora_state.add_request(req_id, index, None)
-        runner.lora_state.make_lora_inputs(["y", "x"], np.array([1, 0], np.int32), np.array([1, 5], np.int32))
+        ids, places, lengths = ["y", "x"], np.array([1, 0], np.int32), np.array([1, 5], np.int32)
+        runner._set_active_loras(*runner.lora_state.make_lora_inputs(ids, places, lengths))
     else:
         batch = SimpleNamespace(request_lora_mapping=np.array([0, 0], np.int64), req_ids=["y", "x"], num_reqs=2)
         any_runner.set_active_loras(batch, np.array([1, 5], np.int32), np.array([1, 1], np.int32))

@@ -230,6 +230,20 @@ def test_a_request_whose_prefix_was_not_counted_ends_with_an_error(limited: str,
     assert served(manager, 6) == [False] * 2 + [True] * 4
 
 
+def test_entropies_are_told_the_order_of_a_step() -> None:
+    manager, logits = make_manager(), torch.randn(2, 9)
+    new = SimpleNamespace(req_id="r1", num_computed_tokens=0)
+    cached = SimpleNamespace(req_ids=[], num_computed_tokens=[])
+    manager.entropies.watch("r1", "tag", 5)
+    manager.entropies.plan(
+        SimpleNamespace(scheduled_cached_reqs=cached, scheduled_new_reqs=[new], num_scheduled_tokens={"r0": 1, "r1": 5})
+    )
+    step(manager, [0, 0], [1, 5])
+    manager.entropies.wrapped(lambda: logits)()
+    expected = torch.special.entr(torch.softmax(logits[1], -1)).sum()
+    assert manager.entropies.take("tag") == pytest.approx([float(expected)])
+
+
 def test_an_engine_that_takes_tokens_back_refuses_a_capacity(limited: str, artefact: Callable[..., str]) -> None:
     manager = make_manager(uncountable="it drafts")
     answer = load(manager, 1, limited)
