@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 from loramux.errors import AdapterRefused, LoramuxError, PoolExhausted
+from loramux.rpc import Workers, call
 from loramux_adapters import Artefact
 
 _POLL_S = 0.005
 
 
-class Engine(Protocol):
-    """The part of vLLM's engine client used here."""
-
-    async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()) -> list[Any]:
-        """Call a worker method between two engine steps."""
-
-
 class EngineDataPlane:
     """Implements `loramux.registry.DataPlane` over an engine client."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Workers) -> None:
         self._engine = engine
 
     async def load(self, version_id: int, artefact: Artefact) -> int:
@@ -31,8 +25,8 @@ class EngineDataPlane:
         Raises PoolExhausted, AdapterRefused.
         """
         try:
-            await self._call("loramux_begin", version_id, str(artefact.path))
-            while (progress := await self._call("loramux_advance", version_id))["state"] != "resident":
+            await call(self._engine, "loramux_begin", version_id, str(artefact.path))
+            while (progress := await call(self._engine, "loramux_advance", version_id))["state"] != "resident":
                 if progress["state"] == "failed":
                     raise _as_error(progress["error"])
                 if progress["state"] == "reading":
@@ -44,21 +38,17 @@ class EngineDataPlane:
         return int(progress["bytes"])
 
     async def unload(self, version_id: int) -> None:
-        await self._call("loramux_remove", version_id)
+        await call(self._engine, "loramux_remove", version_id)
 
     async def stats(self) -> dict[str, int]:
         """Bytes and slots of the pool, see `AdapterManager.stats`."""
-        stats: dict[str, int] = await self._call("loramux_stats")
+        stats: dict[str, int] = await call(self._engine, "loramux_stats")
         return stats
 
     async def score_rows(self) -> int:
         """Tokens whose probabilities over the vocabulary can be summed at once, see `Scoring`."""
-        rows: int = await self._call("loramux_score_rows")
+        rows: int = await call(self._engine, "loramux_score_rows")
         return rows
-
-    async def _call(self, method: str, *args: Any) -> Any:
-        # Tensor parallel size 1: one worker answers.
-        return (await self._engine.collective_rpc(method, args=args))[0]
 
 
 def _as_error(error: dict[str, Any]) -> LoramuxError:

@@ -9,10 +9,10 @@ import logging
 import math
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from vllm import SamplingParams
@@ -22,6 +22,7 @@ from loramux.engine.names import lora_request
 from loramux.errors import LoramuxError
 from loramux.registry import Version
 from loramux.registry.tasks import all_of
+from loramux.rpc import Engine, call
 from loramux.uncertainty import READ_KEY
 from loramux.uncertainty.scores import Array
 
@@ -34,15 +35,6 @@ _LAST = 2**31 - 1
 AT_ONCE = 4
 
 Tokens = Sequence[int]
-
-
-class Engine(Protocol):
-    """The part of vLLM's engine client used here."""
-
-    generate: Callable[..., AsyncGenerator[Any, None]]
-
-    async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()) -> list[Any]:
-        """Call a worker method between two engine steps."""
 
 
 class ReadFailed(LoramuxError):
@@ -111,7 +103,7 @@ class Reads:
     async def entropies(self, tag: str) -> list[float]:
         """Of every token that was sampled for a request with this tag, NaN where it is not known; once."""
         try:
-            found: list[float | None] = await self._call("loramux_entropies", tag)
+            found: list[float | None] = await call(self._engine, "loramux_entropies", tag)
         except Exception as error:  # an answer is worth more than its statistics
             logger.warning("no entropies: %s", error)
             return []
@@ -144,7 +136,7 @@ class Reads:
                         # Nothing of the request that asks may cling to these: a context of their own.
                         requests = [self._request(draws[i], tokens, spec | {"draw": i}, cached) for i in missing]
                         await all_of(requests, contextvars.Context())
-                report = await self._call("loramux_scores", job)
+                report = await call(self._engine, "loramux_scores", job)
                 if report is not None and report["error"] is not None:
                     raise ReadFailed(f"The answer could not be read: {report['error']}.")
                 if report is not None:
@@ -186,12 +178,8 @@ class Reads:
 
     async def _end(self, job: str, rows: int) -> None:
         with contextlib.suppress(Exception):  # the engine may be gone; the first error tells more
-            await self._call("loramux_drop_scores", job)
+            await call(self._engine, "loramux_drop_scores", job)
         self._rows.give(rows)
-
-    async def _call(self, method: str, *args: Any) -> Any:
-        # Tensor parallel size 1: one worker answers.
-        return (await self._engine.collective_rpc(method, args=args))[0]
 
 
 class _Budget:

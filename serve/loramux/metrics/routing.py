@@ -11,15 +11,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter
 
 from loramux.metrics.labels import Labels
+from loramux.rpc import Engine, call
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +29,6 @@ REQUEST_KEY = "loramux_routing"
 POLL_S = 5.0
 #: Versions whose samples can be named; far more than a device holds.
 _MAX_NAMES = 4096
-
-
-class Engine(Protocol):
-    """The part of vLLM's engine client used here."""
-
-    generate: Callable[..., AsyncGenerator[Any, None]]
-
-    async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()) -> list[Any]:
-        """Call a worker method between two engine steps."""
 
 
 @dataclass
@@ -128,14 +120,14 @@ class RoutingWatch:
             self._running -= 1
             if tag is not None:  # it ended early: what was counted is dropped
                 with suppress(Exception):
-                    await self._call("loramux_routing_report", tag)
+                    await call(self._engine, "loramux_routing_report", tag)
 
     async def collect(self) -> None:
         """Add to the metrics what was sampled since the last call. An idle engine is left alone."""
         if self._idle:
             return
         self._idle = self._running == 0
-        for version_id, sums in (await self._call("loramux_routing")).items():
+        for version_id, sums in (await call(self._engine, "loramux_routing")).items():
             if (name := self._names.get(int(version_id))) is not None:
                 self._metrics.add(name, sums)
 
@@ -156,7 +148,7 @@ class RoutingWatch:
 
     async def _report(self, tag: str, version: str) -> dict[str, Any] | None:
         try:
-            sums = await self._call("loramux_routing_report", tag)
+            sums = await call(self._engine, "loramux_routing_report", tag)
         except Exception as error:  # an answer is worth more than its statistics
             logger.warning("no routing report: %s", error)
             return None
@@ -173,7 +165,3 @@ class RoutingWatch:
                 for e, (weight, selected) in enumerate(zip(sums["weight"], sums["selected"], strict=True))
             ],
         }
-
-    async def _call(self, method: str, *args: Any) -> Any:
-        # Tensor parallel size 1: one worker answers.
-        return (await self._engine.collective_rpc(method, args=args))[0]
