@@ -80,6 +80,11 @@ def field_in(body: bytes, *names: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and any(name in value for name in names) else None
 
 
+def content_type(start: Message) -> bytes:
+    """What the start of a response says its body is; empty if it does not."""
+    return next((bytes(value) for key, value in start.get("headers", ()) if key.lower() == b"content-type"), b"")
+
+
 def with_length(headers: Iterable[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
     """The headers, with this Content-Length instead of what they say."""
     others = [(name, value) for name, value in headers if name.lower() != b"content-length"]

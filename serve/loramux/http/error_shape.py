@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from loramux.http.asgi import App, Message, Receive, Scope, Send, request_state, with_length
+from loramux.http.asgi import App, Message, Receive, Scope, Send, content_type, request_state, with_length
 from loramux.http.errors import has_error, normalise
 
 _EVENT = b"data: "
@@ -48,7 +48,7 @@ class _Shape:
             if message["status"] >= 400:
                 self._start = message
                 return
-            self._events = _content_type(message).startswith(b"text/event-stream")
+            self._events = content_type(message).startswith(b"text/event-stream")
         if message["type"] == "http.response.body":
             self._ended = not message.get("more_body")
             if self._start is not None:
@@ -104,7 +104,3 @@ class _Shape:
         shaped = normalise(status, body)
         request_state(self._scope)["loramux_error"] = shaped["error"]["code"]
         return json.dumps(shaped).encode()
-
-
-def _content_type(start: Message) -> bytes:
-    return next((bytes(value) for key, value in start.get("headers", ()) if key.lower() == b"content-type"), b"")

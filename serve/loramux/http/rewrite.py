@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from loramux.http.asgi import Message, Send, with_length
+from loramux.http.asgi import Message, Send, content_type, with_length
 
 _EVENT = b"data: "
 #: Changes an answer's JSON object in place.
@@ -14,20 +14,23 @@ Change = Callable[[dict[str, Any]], None]
 
 
 class Rewrite:
-    """Successful JSON answers are held back until they are whole, events pass at once, the rest untouched."""
+    """Successful JSON answers are held back until they are whole, events pass at once, the rest untouched.
 
-    def __init__(self, send: Send, *, answer: Change, event: Change) -> None:
+    `events` is given each piece of a stream, whole events, and returns what passes in its place.
+    """
+
+    def __init__(self, send: Send, *, answer: Change, events: Callable[[bytes], bytes]) -> None:
         self._send = send
         self._answer = answer
-        self._event = event
+        self._events = events
         self._start: Message | None = None  # of a JSON answer
         self._parts: list[bytes] = []
-        self._events = False
+        self._streamed = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            kind = _content_type(message) if message["status"] == 200 else b""
-            self._events = kind.startswith(b"text/event-stream")
+            kind = content_type(message) if message["status"] == 200 else b""
+            self._streamed = kind.startswith(b"text/event-stream")
             if kind.startswith(b"application/json"):
                 self._start = message
                 return
@@ -37,9 +40,8 @@ class Rewrite:
                 if not message.get("more_body"):
                     await self._finish(self._start)
                 return
-            if self._events:
-                lines = message.get("body", b"").split(b"\n")
-                message = {**message, "body": b"\n".join(map(self._line, lines))}
+            if self._streamed:
+                message = {**message, "body": self._events(message.get("body", b""))}
         await self._send(message)
 
     async def _finish(self, start: Message) -> None:
@@ -47,8 +49,14 @@ class Rewrite:
         await self._send({**start, "headers": with_length(start["headers"], len(body))})
         await self._send({"type": "http.response.body", "body": body})
 
-    def _line(self, line: bytes) -> bytes:
-        return _EVENT + _changed(line.removeprefix(_EVENT), self._event) if line.startswith(_EVENT) else line
+
+def each_event(change: Change) -> Callable[[bytes], bytes]:
+    """For `Rewrite`: every event is changed."""
+
+    def line(text: bytes) -> bytes:
+        return _EVENT + _changed(text.removeprefix(_EVENT), change) if text.startswith(_EVENT) else text
+
+    return lambda body: b"\n".join(map(line, body.split(b"\n")))
 
 
 def _changed(body: bytes, change: Change) -> bytes:
@@ -60,7 +68,3 @@ def _changed(body: bytes, change: Change) -> bytes:
         return body
     change(value)
     return json.dumps(value).encode()
-
-
-def _content_type(start: Message) -> bytes:
-    return next((bytes(value) for key, value in start["headers"] if key.lower() == b"content-type"), b"")

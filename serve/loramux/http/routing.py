@@ -17,10 +17,11 @@ import json
 from typing import Any
 
 from loramux.errors import InvalidRequest
-from loramux.http.asgi import Message, Receive, Scope, Send, field_in, with_length
+from loramux.http.asgi import Receive, Scope, Send, field_in
 from loramux.http.completions import OfCompletions
 from loramux.http.composition import answered_by
 from loramux.http.errors import refuse
+from loramux.http.rewrite import Rewrite
 from loramux.metrics.routing import Report, wanted
 
 _DONE = b"data: [DONE]"
@@ -35,12 +36,11 @@ class RoutingReport(OfCompletions):
         if asked is None or asked is False:
             await self.app(scope, receive, send)
         elif asked is True:
-            report = Report()
+            report, composed = Report(), answered_by.get()
+            told = _Told(report, composed.order if composed else ())
             token = wanted.set(report)
             try:
-                await self.app(
-                    scope, receive, _Answer(send, report, composed.order if (composed := answered_by.get()) else ())
-                )
+                await self.app(scope, receive, Rewrite(send, answer=told.add, events=told.extended))
             finally:
                 wanted.reset(token)
         else:
@@ -48,45 +48,18 @@ class RoutingReport(OfCompletions):
             await refuse(scope, send, InvalidRequest("routing must be true or false.", hint=hint, param=_FIELD))
 
 
-class _Answer:
-    """Adds the report to a JSON answer (held back until it is whole) or to a stream (passed on at once)."""
+class _Told:
+    """The report, added to a JSON answer or to a stream."""
 
-    def __init__(self, send: Send, report: Report, order: tuple[int, ...]) -> None:
-        self._send = send
+    def __init__(self, report: Report, order: tuple[int, ...]) -> None:
         self._report = report
         self._order = order  # which place in the request each expert has; empty: its own
-        self._start: Message | None = None  # of a JSON answer
-        self._parts: list[bytes] = []
         self._last = b""  # event of a stream
 
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and message["status"] == 200 and _is_json(message):
-            self._start = message
-        elif message["type"] != "http.response.body":
-            await self._send(message)
-        elif self._start is None:
-            await self._send({**message, "body": self._extended(message.get("body", b""))})
-        else:
-            self._parts.append(message.get("body", b""))
-            if not message.get("more_body"):
-                await self._finish(self._start)
+    def add(self, answer: dict[str, Any]) -> None:
+        answer[_FIELD] = self._value()
 
-    async def _finish(self, start: Message) -> None:
-        body = b"".join(self._parts)
-        answer = json.loads(body)
-        if isinstance(answer, dict):
-            body = json.dumps({**answer, _FIELD: self._told()}).encode()
-        await self._send({**start, "headers": with_length(start["headers"], len(body))})
-        await self._send({"type": "http.response.body", "body": body})
-
-    def _told(self) -> dict[str, Any] | None:
-        value = self._report.value
-        if value is None or not self._order:
-            return value
-        experts = [{**expert, "expert": self._order[expert["expert"]]} for expert in value["experts"]]
-        return {**value, "experts": sorted(experts, key=lambda expert: expert["expert"])}
-
-    def _extended(self, body: bytes) -> bytes:
+    def extended(self, body: bytes) -> bytes:
         """A piece of a stream, with our chunk before its end if it has that."""
         if _DONE not in body:
             self._last = body if body.startswith(b"data: {") else self._last
@@ -96,10 +69,12 @@ class _Answer:
             chunk = {key: last[key] for key in ("id", "object", "created", "model")}
         except (ValueError, KeyError, TypeError):  # nothing came before, or an error did
             return body
-        event = json.dumps({**chunk, "choices": [], _FIELD: self._told()})
+        event = json.dumps({**chunk, "choices": [], _FIELD: self._value()})
         return body.replace(_DONE, f"data: {event}\n\n".encode() + _DONE, 1)
 
-
-def _is_json(start: Message) -> bool:
-    headers = {k.lower(): v for k, v in start["headers"]}
-    return bytes(headers.get(b"content-type", b"")).startswith(b"application/json")
+    def _value(self) -> dict[str, Any] | None:
+        value = self._report.value
+        if value is None or not self._order:
+            return value
+        experts = [{**expert, "expert": self._order[expert["expert"]]} for expert in value["experts"]]
+        return {**value, "experts": sorted(experts, key=lambda expert: expert["expert"])}

@@ -18,7 +18,7 @@ from loramux.http.asgi import Receive, Scope, Send, field_in, replayed, with_len
 from loramux.http.completions import OfCompletions
 from loramux.http.composition import answered_by
 from loramux.http.errors import refuse
-from loramux.http.rewrite import Rewrite
+from loramux.http.rewrite import Rewrite, each_event
 from loramux.http.scored import is_scored
 from loramux.registry import AdapterRegistry, Version
 from loramux.registry.draws import MAX_SAMPLES, SAMPLES
@@ -53,7 +53,8 @@ class UncertaintyReport(OfCompletions):
         if asked is None:
             await self.app(scope, receive, send)
             return
-        rewritten = Rewrite(send, answer=partial(_add_to_answer, asked), event=partial(_add_to_event, asked))
+        events = each_event(partial(_add_to_event, asked))
+        rewritten = Rewrite(send, answer=partial(_add_to_answer, asked), events=events)
         rule = asked.ask.abstain
         if rule is not None and rule.route_to is not None:
             await abstention.routed(
