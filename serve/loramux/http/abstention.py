@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from loramux.errors import AdapterNotFound, InvalidRequest
+from loramux.errors import InvalidRequest
 from loramux.http.asgi import App, Message, Receive, Scope, Send, replayed, request_state, with_length
 from loramux.http.gate import gate_of
-from loramux.http.model_access import adapter_of
+from loramux.http.model_access import adapter_of, not_found
 from loramux.registry import AdapterRegistry
 from loramux.uncertainty.abstain import ABOVE, BELOW, Action, Rule
 from loramux.uncertainty.ask import FIELD
@@ -30,11 +30,7 @@ def check(request: dict[str, Any], rule: Rule, scope: Scope, registry: AdapterRe
     adapter = adapter_of(rule.route_to, gate_of(scope).bases)
     caller = request_state(scope).get("loramux_caller")
     if adapter is not None and (adapter not in registry.adapters() or not (caller is None or caller.allows(adapter))):
-        raise AdapterNotFound(
-            f"The model {rule.route_to[:200]!r} does not exist.",
-            hint="GET /v1/models lists what is served.",
-            param=f"{FIELD}.{BELOW if rule.below else ABOVE}.route_to",
-        )
+        raise not_found(rule.route_to, f"{FIELD}.{BELOW if rule.below else ABOVE}.route_to")
 
 
 def refuse_choice(choice: dict[str, Any], rule: Rule) -> None:

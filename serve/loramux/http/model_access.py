@@ -44,13 +44,13 @@ class ModelAccess:
                 request = _object_in(body)
                 named, wish = request.get("model"), wish_in(request)
             if named:
-                _check([named], gate.bases, caller, _not_found(named))
+                _check([named], gate.bases, caller, not_found(named))
             if wish is not None:
                 names = [part.name for part in wish.parts]
                 _check(names, gate.bases, caller, _no_such_parts(names))
                 send = _UniformNotFound(scope, send, _no_such_parts(names))
             elif named:
-                send = _UniformNotFound(scope, send, _not_found(named))
+                send = _UniformNotFound(scope, send, not_found(named))
         except LoramuxError as error:
             await refuse(scope, send, error)
             return
@@ -115,9 +115,10 @@ def _check(models: list[str], bases: tuple[str, ...], caller: Caller, error: Ada
             raise error
 
 
-def _not_found(model: str) -> AdapterNotFound:
+def not_found(model: str, param: str = "model") -> AdapterNotFound:
+    """Says the same of what there is not and of what is not for the caller."""
     return AdapterNotFound(
-        f"The model {model[:200]!r} does not exist.", hint="GET /v1/models lists what is served.", param="model"
+        f"The model {model[:200]!r} does not exist.", hint="GET /v1/models lists what is served.", param=param
     )
 
 
