@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from loramux.errors import AdapterRefused, InvalidRequest
+from loramux.errors import InvalidRequest
 from loramux.registry.entry import Version
+from loramux.registry.failures import made_of
 from loramux.registry.made import Made
 from loramux.registry.protocols import Compose
-from loramux_adapters import AdapterCorrupt, AdapterError, AdapterNotFound, Artefact
+from loramux_adapters import Artefact
 from loramux_adapters.compose.prepared import Part, Router
 
 if TYPE_CHECKING:
@@ -80,17 +81,9 @@ class Compositions:
 
     def _new(self, parts: Sequence[Part], router: Router | None) -> Version:
         def make() -> Artefact:
-            try:
+            hint = "Ask for each part once as `model`, or put it again."
+            with made_of("a part", hint=hint, lost="adapters", refused="adapters"):
                 return self._compose(parts, router)
-            except (AdapterCorrupt, AdapterNotFound):
-                raise AdapterRefused(
-                    "The prepared form of a part is lost or damaged.",
-                    code="adapter_unreadable",
-                    hint="Ask for each part once as `model`, or put it again.",
-                    param="adapters",
-                ) from None
-            except AdapterError as error:
-                raise AdapterRefused(error.message, code=error.code, hint=error.hint, param="adapters") from None
 
         version = self._changes.version(COMPOSED, parts[0].artefact.path)
         version.make = make

@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
-from loramux.errors import AdapterRefused, DrawsDoNotFit, InvalidRequest
+from loramux.errors import DrawsDoNotFit, InvalidRequest
 from loramux.registry.entry import Version
-from loramux.registry.failures import as_loramux_error
+from loramux.registry.failures import as_loramux_error, made_of
 from loramux.registry.made import Made
 from loramux.registry.protocols import Posteriors
 from loramux.registry.tasks import all_of
 from loramux.units import format_bytes
-from loramux_adapters import AdapterCorrupt, AdapterError, AdapterNotFound, Artefact, Posterior
+from loramux_adapters import AdapterError, Artefact, Posterior
 
 if TYPE_CHECKING:
     from loramux.registry.changes import Changes
@@ -130,17 +130,8 @@ class Draws:
 
     def _new(self, artefact: Artefact, seed: int, sample: int) -> Version:
         def make() -> Artefact:
-            try:
+            with made_of("the adapter", hint="Put the adapter again.", lost="model", refused="uncertainty"):
                 return self._posteriors.draw(artefact, seed=seed, sample=sample)
-            except (AdapterCorrupt, AdapterNotFound):
-                raise AdapterRefused(
-                    "The prepared form of the adapter is lost or damaged.",
-                    code="adapter_unreadable",
-                    hint="Put the adapter again.",
-                    param="model",
-                ) from None
-            except AdapterError as error:
-                raise AdapterRefused(error.message, code=error.code, hint=error.hint, param="uncertainty") from None
 
         version = self._changes.version(DRAWN, artefact.path)
         version.make = make
