@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from loramux.bases import DEFAULT_BASE
 from loramux.cli import making
 from loramux.cli.base import load_base, load_runnable
 from loramux.console import note
@@ -70,11 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="By TFB (arXiv 2412.05723); what it does and when not to use it: adapters/README.md.",
     )
-    parser.add_argument("path", type=Path, metavar="PATH", help="the adapter's folder, or a native file")
     making.add_output(parser, details="all that was tried")
-    parser.add_argument(
-        "--base", default=DEFAULT_BASE, metavar="BASE", help=f"folder or name (default: {DEFAULT_BASE})"
-    )
+    making.add_adapter(parser)
     noise = parser.add_mutually_exclusive_group(required=True)
     noise.add_argument("--sigma", type=_positive, metavar="S", help="σ_q, the deviation along each direction of B")
     noise.add_argument(

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from loramux.bases import DEFAULT_BASE
 from loramux.cli import compact_report, making
 from loramux.cli.base import load_base, load_runnable
 from loramux.console import note
@@ -70,11 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="Experts are merged as in MC-SMoE (arXiv 2310.01334), without training: adapters/README.md.",
     )
-    parser.add_argument("path", type=Path, metavar="PATH", help="the adapter's folder, or a native file")
     making.add_output(parser, details="every module's error")
-    parser.add_argument(
-        "--base", default=DEFAULT_BASE, metavar="BASE", help=f"folder or name (default: {DEFAULT_BASE})"
-    )
+    making.add_adapter(parser)
     size = parser.add_argument_group("how small")
     size.add_argument("--experts", type=int, metavar="N", help="experts that a router keeps on average")
     size.add_argument("--even", action="store_true", help="every router keeps N, whatever it loses there")

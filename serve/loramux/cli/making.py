@@ -1,4 +1,4 @@
-"""What commands share that make an adapter: their frame, their options for what is written, what they say of errors."""
+"""What commands share that make an adapter: their frame, the options of what is read and written, words for errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loramux.bases import DEFAULT_BASE
 from loramux.cli.terminal import show
 from loramux.console import note
 from loramux.errors import ConfigError, LoramuxError
@@ -34,6 +35,14 @@ def run(
         return 1
     show(report, (f"{name:<11}{value}" for name, value in rows(report)), as_json=options.json)
     return 0
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """The adapter that another is made of, and its base."""
+    parser.add_argument("path", type=Path, metavar="PATH", help="the adapter's folder, or a native file")
+    parser.add_argument(
+        "--base", default=DEFAULT_BASE, metavar="BASE", help=f"folder or name (default: {DEFAULT_BASE})"
+    )
 
 
 def add_output(parser: argparse.ArgumentParser, *, details: str, folders: bool = False) -> None:

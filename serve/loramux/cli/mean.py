@@ -2,9 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from loramux.bases import DEFAULT_BASE
 from loramux.cli import making
 from loramux.cli.base import load_base
 from loramux.units import format_bytes
@@ -36,9 +34,6 @@ def _rows(report: making.Report) -> Iterator[tuple[str, str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="loramux adapters mean", description=__doc__)
-    parser.add_argument("path", type=Path, metavar="PATH", help="the adapter's folder, or a native file")
     making.add_output(parser, details="every module's rank", folders=True)
-    parser.add_argument(
-        "--base", default=DEFAULT_BASE, metavar="BASE", help=f"folder or name (default: {DEFAULT_BASE})"
-    )
+    making.add_adapter(parser)
     return parser
