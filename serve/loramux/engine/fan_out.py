@@ -26,12 +26,14 @@ class Written:
         """The choices that end with this output."""
         for choice in output.outputs:
             i = choice.index
-            self.tokens[i] = [*(self.tokens.get(i, []) if self._delta else []), *choice.token_ids]
+            if not self._delta:
+                for known in (self.tokens, self.texts, self.logp):
+                    known.pop(i, None)
+            self.tokens.setdefault(i, []).extend(choice.token_ids)
             if choice.logprobs is not None:
                 pairs = zip(choice.token_ids, choice.logprobs, strict=False)
-                logp = [step[token].logprob for token, step in pairs]
-                self.logp[i] = [*(self.logp.get(i, []) if self._delta else []), *logp]
-            self.texts[i] = (self.texts.get(i, "") if self._delta else "") + choice.text
+                self.logp.setdefault(i, []).extend(step[token].logprob for token, step in pairs)
+            self.texts[i] = self.texts.get(i, "") + choice.text
         return [choice.index for choice in output.outputs if choice.finish_reason is not None]
 
 
