@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter
@@ -33,9 +33,14 @@ _MAX_NAMES = 4096
 
 @dataclass
 class Report:
-    """What a request's routers decided; filled when its answer is complete. None: it met no router."""
+    """What a request's routers decided; filled when its answer is complete. None: it met no router.
+
+    The engine may answer it by several requests of its own, one for each choice or prompt: they are counted together.
+    """
 
     value: dict[str, Any] | None = None
+    tag: str = field(default_factory=lambda: uuid.uuid4().hex)
+    running: int = 0  # requests in the engine
 
 
 #: Set by whoever wants the report of the requests that start in this context.
@@ -95,16 +100,16 @@ class RoutingWatch:
     async def _generate(
         self, prompt: Any, sampling_params: Any, *args: Any, lora_request: Any = None, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        report, tag = wanted.get(), None
+        report: Report | None = None
         # vLLM's server may hand over a request that was processed already, with its adapter in it.
         version: Any = lora_request or getattr(prompt, "lora_request", None)
         if version is not None:
             self._remember(version)
-            if report is not None:
-                tag = uuid.uuid4().hex
+            if (report := wanted.get()) is not None:
+                report.running += 1
                 for params in (sampling_params, getattr(prompt, "sampling_params", None)):
                     if params is not None:
-                        params.extra_args = {**(params.extra_args or {}), REQUEST_KEY: tag}
+                        params.extra_args = {**(params.extra_args or {}), REQUEST_KEY: report.tag}
         self._running += 1
         self._idle = False
         try:
@@ -112,15 +117,19 @@ class RoutingWatch:
                 self._inner(prompt, sampling_params, *args, lora_request=lora_request, **kwargs)
             ) as stream:
                 async for output in stream:
-                    if tag is not None and report is not None and output.finished:
-                        report.value = await self._report(tag, version.lora_name)
-                        tag = None
+                    if report is not None and output.finished:
+                        ended, report = report, None
+                        ended.running -= 1
+                        if not ended.running:
+                            ended.value = await self._report(ended.tag, version.lora_name)
                     yield output
         finally:
             self._running -= 1
-            if tag is not None:  # it ended early: what was counted is dropped
-                with suppress(Exception):
-                    await call(self._engine, "loramux_routing_report", tag)
+            if report is not None:  # it ended early: what was counted is dropped
+                report.running -= 1
+                if not report.running:
+                    with suppress(Exception):
+                        await call(self._engine, "loramux_routing_report", report.tag)
 
     async def collect(self) -> None:
         """Add to the metrics what was sampled since the last call. An idle engine is left alone."""

@@ -108,6 +108,22 @@ async def test_every_request_has_a_tag_of_its_own(engine: Engine, watch: Routing
     assert len(set(engine.tags)) == 3 and None not in engine.tags
 
 
+async def test_the_choices_of_one_request_are_reported_on_together(engine: Engine, watch: RoutingWatch) -> None:
+    report, params = Report(), [SimpleNamespace(extra_args=None) for _ in range(3)]
+    token = wanted.set(report)
+    streams = [engine.generate("hi", one, "r", lora_request=_lora()) for one in params]
+    for _ in range(2):  # all begin before one ends
+        for stream in streams:
+            assert report.value is None and not engine.calls
+            await anext(stream)
+    for stream in streams:
+        await stream.aclose()
+    wanted.reset(token)
+    assert engine.tags == [report.tag] * 3
+    assert engine.calls == [("loramux_routing_report", (report.tag,))]
+    assert report.value is not None and report.value["decisions"] == 4
+
+
 @pytest.mark.parametrize(("ask", "lora"), [(False, _lora()), (True, None)])
 async def test_nobody_else_is_reported_on(engine: Engine, watch: RoutingWatch, ask: bool, lora: Any) -> None:
     assert (await _run(engine, ask=ask, lora=lora)).value is None
