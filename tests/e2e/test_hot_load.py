@@ -63,9 +63,10 @@ def test_replace_in_place_and_unload(server: Any, spare_adapters: Path) -> None:
 
 def test_running_request_survives_its_adapters_unload(server: Any, spare_adapters: Path) -> None:
     assert _load(server, spare_adapters / "spare1", "leaver").status_code == 200
-    expected = _complete(server, "leaver", "The lighthouse")
+    tokens = 400  # it has to be running still when the unload arrives
+    expected = _complete(server, "leaver", "The lighthouse", tokens)
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(_complete, server, "leaver", "The lighthouse")
+        running = pool.submit(_complete, server, "leaver", "The lighthouse", tokens)
         while 'in_flight{adapter="leaver"} 1.0' not in server.get("/metrics").text:
             assert not running.done()
         unloaded = server.post("/v1/unload_lora_adapter", {"lora_name": "leaver"})

@@ -243,6 +243,11 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.001)
 
 
+async def quiet() -> None:
+    """Let the event loop run until nothing runs but who asks: what nobody waits for any more has ended too."""
+    await until(lambda: len(asyncio.all_tasks()) == 1)
+
+
 @dataclass
 class FakeLoRARequest:
     """The fields of vLLM's LoRARequest that are used."""

@@ -40,6 +40,7 @@ class Made(Generic[Key]):
     @contextmanager
     def held(self, key: Key, new: Callable[[], Version]) -> Iterator[Version]:
         """The version of this key; it is not forgotten meanwhile."""
+        self._clean()  # some may have failed since those who wanted them left
         version = self._versions.pop(key) if key in self._versions else new()
         self._versions[key] = version
         self._users[key] += 1
