@@ -1,5 +1,6 @@
 """The gate of a mixture of LoRA experts: how much of each expert a token takes, from its router logits l_TE.
 
+    l = W x;   (W x − mean(x) Σ_I W) / √(var(x) + layer_norm_eps)      with `layer_norm_eps`: W LayerNorm(x)
     p = softmax_E(|l| / temperature)                     |·| only if `absolute`
     w = p where selected, else 0;                        adaptive: p − τ where selected
     g = w;   if `renormalise`: w / (Σ_E w + eps);        if `one`: 1 where selected, else 0
@@ -7,8 +8,8 @@
     g_te = 0 if `capacity` earlier tokens of t's sequence selected e                   only with `capacity`
     g_TG = Σ_{e in group} g_Te                           only with `groups`
 
-T tokens · E experts · G groups. The arithmetic is float32 (float64 for float64 weights) whatever the dtype of the
-weights.
+T tokens · I inputs · E experts · G groups; mean and variance over I. The arithmetic is float32 (float64 for float64
+weights) whatever the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ MAX_EXPERTS = 16
 
 Select = Literal["all", "top_k", "top_p", "threshold", "adaptive"]
 
-ABSOLUTE, RENORMALISE, ONE, GROUPED, ADAPTIVE, LIMITED = 1, 2, 4, 8, 16, 32
+ABSOLUTE, RENORMALISE, ONE, GROUPED, ADAPTIVE, LIMITED, LAYER_NORM = 1, 2, 4, 8, 16, 32, 64
 """Bits of the flags in `packed`."""
 GROUPS_PER_WORD = 4
 """Groups are sets of experts in 16 bits each, four to an int64."""
-CAPACITY_AT = 7
-GROUPS_AT = 8
+CAPACITY_AT = 8
+GROUPS_AT = 9
 GATE_FIELDS = GROUPS_AT + MAX_EXPERTS // GROUPS_PER_WORD
 """Where the capacity is in `packed`, where the groups begin, and its length."""
 
@@ -51,6 +52,9 @@ class TokenGate:
     `capacity`: an expert takes no more tokens of a sequence than this, the first ones that select it; 0 means no limit.
     The weights of a token's other experts stay as they are. Counted are experts, not groups.
 
+    `layer_norm_eps`: for a router that reads LayerNorm(x), without affine part, what that adds to the variance. None:
+    it reads x. All logits are taken of the same.
+
     Raises ValueError naming the field.
     """
 
@@ -67,6 +71,7 @@ class TokenGate:
     one: bool = False
     groups: tuple[int, ...] = ()
     capacity: int = 0
+    layer_norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         most = MAX_EXPERTS - self.adaptive
@@ -82,6 +87,8 @@ class TokenGate:
             raise ValueError(f"eps: {self.eps}, must not be negative")
         if _float32("temperature", self.temperature) <= 0:
             raise ValueError(f"temperature: {self.temperature}, must be positive")
+        if self.layer_norm_eps is not None and _float32("layer_norm_eps", self.layer_norm_eps) <= 0:
+            raise ValueError(f"layer_norm_eps: {self.layer_norm_eps}, must be positive")
         _float32("threshold", self.threshold)
         _float32("bias", self.bias)
         if not 0 <= self.capacity < 1 << 31:
@@ -108,12 +115,14 @@ class TokenGate:
 
     @property
     def router(self) -> TokenGate:
-        """The gate without groups and capacity: what it decides about experts, from a token's logits alone."""
-        return replace(self, groups=(), capacity=0) if self.groups or self.capacity else self
+        """The gate without groups, capacity and LayerNorm: what it decides about experts, from a token's logits
+        alone."""
+        more = self.groups or self.capacity or self.layer_norm_eps is not None
+        return replace(self, groups=(), capacity=0, layer_norm_eps=None) if more else self
 
     def packed(self) -> tuple[int, ...]:
-        """k, flags, the bits of p, threshold, eps, temperature and bias as float32, the capacity, and the groups, for
-        the device.
+        """k, flags, the bits of p, threshold, eps, temperature, bias and layer_norm_eps as float32, the capacity, and
+        the groups, for the device.
 
         A kernel selects what passes all three selections; those that this gate does not use let everything pass.
         """
@@ -122,8 +131,9 @@ class TokenGate:
         threshold = self.threshold if self.select in ("threshold", "adaptive") else -math.inf
         flags = ABSOLUTE * self.absolute | RENORMALISE * self.renormalise | ONE * self.one
         flags |= GROUPED * bool(self.groups) | ADAPTIVE * self.adaptive | LIMITED * bool(self.capacity)
+        flags |= LAYER_NORM * (self.layer_norm_eps is not None)
         words = struct.unpack("<4q", struct.pack("<16H", *self.groups, *[0] * (MAX_EXPERTS - len(self.groups))))
-        numbers = (p, threshold, self.eps, self.temperature, self.bias)
+        numbers = (p, threshold, self.eps, self.temperature, self.bias, self.layer_norm_eps or 0.0)
         return k, flags, *(_bits(value) for value in numbers), self.capacity, *words
 
 

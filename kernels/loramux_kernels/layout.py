@@ -1,9 +1,11 @@
 """Where the arrays of one adapter at one site lie in its extent of the arena.
 
     A of all slices [R, I], routers behind it, a row per logit · scale [R] · expert [R], with a router only ·
-    per slice B [r, O], mag [O], bias [O] · per slice with a capacity its counts [N, E]
+    per slice B [r, O], mag [O], bias [O], sums of its router's rows [E] · per slice with a capacity its counts [N, E]
 
-Every array begins on an `arena.ALIGNMENT` boundary; scale, mag and bias are float32, expert and counts int32.
+Every array begins on an `arena.ALIGNMENT` boundary; scale, mag, bias and sums are float32 (sums float64 beside float64
+weights), expert and counts int32. Only routers that read LayerNorm(x) have sums: of their rows as they are stored,
+whatever rounding made of them.
 Counts are no weights: steps write them (`sequences.py`).
 """
 
@@ -42,6 +44,7 @@ class Layout:
     b: tuple[int, ...]
     mag: tuple[int | None, ...]
     bias: tuple[int | None, ...]
+    sums: tuple[int | None, ...]
     counts: tuple[int | None, ...]
     count_rows: int
     nbytes: int
@@ -56,18 +59,23 @@ class Layout:
         b: list[int] = []
         mag: list[int | None] = []
         bias: list[int | None] = []
+        sums: list[int | None] = []
         for part, d_out in zip(parts, d_outs, strict=True):
             b.append(end)
             end += aligned(part.rank * d_out * itemsize)
             for has, offsets in ((part.mag, mag), (part.bias, bias)):
                 offsets.append(end if has else None)
                 end += aligned(d_out * WORD) if has else 0
+            normed = part.gate is not None and part.gate.layer_norm_eps is not None
+            sums.append(end if normed else None)
+            end += aligned(part.gate.logits * max(itemsize, WORD)) if part.gate is not None and normed else 0
         counts: list[int | None] = []
         for part in parts:
             limited = part.gate is not None and part.gate.capacity > 0
             counts.append(end if limited else None)
             end += aligned(count_rows * part.gate.experts * WORD) if part.gate is not None and limited else 0
-        return cls(parts, scale, expert, tuple(b), tuple(mag), tuple(bias), tuple(counts), count_rows, end)
+        per_slice = tuple(b), tuple(mag), tuple(bias), tuple(sums), tuple(counts)
+        return cls(parts, scale, expert, *per_slice, count_rows, end)
 
     # Cached, for the many sites that share a layout.
 
@@ -89,6 +97,11 @@ class Layout:
     def limited(self) -> bool:
         """Whether a slice has a gate with a capacity."""
         return any(at is not None for at in self.counts)
+
+    @cached_property
+    def moments(self) -> slice | None:
+        """Where h has mean and variance of x, behind the sums of all rows; None if no router reads LayerNorm(x)."""
+        return slice(self.rows, self.rows + 2) if any(at is not None for at in self.sums) else None
 
     @cached_property
     def logits(self) -> tuple[int, ...]:

@@ -143,7 +143,7 @@ class AdapterPool:
     @property
     def overhead_bytes(self) -> int:
         """Device bytes beside `capacity_bytes`: tables, plan, trace, and the widest h of the longest step."""
-        widest = max((s.rows for s in self._sites), default=0)
+        widest = max((s.width for s in self._sites), default=0)
         rows, width = h_shape(self.max_tokens, widest, self.device)
         fixed = self._table.nbytes + self._plan.nbytes + self._trace.nbytes
         if self._backend.overhead is not None:
@@ -161,7 +161,7 @@ class AdapterPool:
 
     def h_width(self, index: int) -> int:
         """Columns of h at site `index`: the `rows` argument of the shrink op."""
-        return self._sites[index].rows
+        return self._sites[index].width
 
     # ---- adapters
 

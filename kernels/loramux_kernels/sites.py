@@ -23,11 +23,16 @@ if TYPE_CHECKING:
     from loramux_kernels.trace import Trace
     from loramux_kernels.weights import Memory, SlotWeights
 
-TABLE_HEAD = 5
+TABLE_HEAD = 6
+MOMENTS_AT = 5
 RULE_AT = 5
-MAG_AT, BIAS_AT, COUNTS_AT = range(RULE_AT + GATE_FIELDS, RULE_AT + GATE_FIELDS + 3)
-TABLE_PART = COUNTS_AT + 1
+MAG_AT, BIAS_AT, COUNTS_AT, SUMS_AT = range(RULE_AT + GATE_FIELDS, RULE_AT + GATE_FIELDS + 4)
+TABLE_PART = SUMS_AT + 1
 """Columns of a site's table before the slices, of each slice, and where some of these are (`Site`)."""
+
+MOMENT_COLUMNS = 8
+"""Of h, behind those of the rows of A: two are used (`Layout.moments`), and a whole sector of memory leaves rows of h
+where they were."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -59,10 +64,13 @@ class Site:
 
     `weights`, `floats` and `ints` are the same arena seen as the pool's dtype, as float32 and as int32. `table`
     (device, int64 [slots, TABLE_HEAD + TABLE_PART·slices]) holds, per slot: offset of A in `weights`, of scale in
-    `floats` and of expert in `ints`, rows of A, and whether a slice has a capacity; then per slice the first rank row,
-    the rank, the offset of B in `weights`, the number of experts (0: no gate), the first router row, the gate as
-    `TokenGate.packed`, and the offsets of mag and bias in `floats` and of counts in `ints`, plus one (0: none). Zeros
-    where the adapter leaves the site alone. Slice j is gate `first_gate` + j of `trace`.
+    `floats` and of expert in `ints`, rows of A, whether a slice has a capacity, and whether a router reads
+    LayerNorm(x); then per slice the first rank row, the rank, the offset of B in `weights`, the number of experts (0:
+    no gate), the first router row, the gate as `TokenGate.packed`, and the offsets of mag and bias in `floats`, of
+    counts in `ints` and of sums in `floats`, plus one (0: none). Zeros where the adapter leaves the site alone. Slice j
+    is gate `first_gate` + j of `trace`.
+
+    `rows`: of A at most. `width`: columns of h.
     """
 
     def __init__(
@@ -81,6 +89,7 @@ class Site:
         self.spec = spec
         self.max_rank = max_rank
         self.rows = (max_rank + MAX_EXPERTS) * len(spec.d_outs)
+        self.width = self.rows + MOMENT_COLUMNS
         self.dtype = arena.weights.dtype
         self.weights, self.floats, self.ints = arena.weights, arena.floats, arena.ints
         self.table = table
@@ -96,12 +105,12 @@ class Site:
         """What `table` holds for that adapter."""
         item = self.dtype.itemsize
         row = [offset // item, (offset + layout.scale) // WORD, (offset + layout.expert) // WORD, layout.rows]
-        row.append(int(layout.limited))
+        row += [int(layout.limited), int(layout.moments is not None)]
         first = 0
         for j, part in enumerate(layout.parts):
             row += [first, part.rank, (offset + layout.b[j]) // item]
             row += [part.gate.experts, layout.logits[j], *part.gate.packed()] if part.gate else [0] * (2 + GATE_FIELDS)
-            words = layout.mag[j], layout.bias[j], layout.counts[j]
+            words = layout.mag[j], layout.bias[j], layout.counts[j], layout.sums[j]
             row += [0 if at is None else (offset + at) // WORD + 1 for at in words]
             first += part.rank
         return row

@@ -9,7 +9,8 @@ and for y' = mag_o y + Σ… + bias_o another u_sum (|mag_o y| + |bias_o|).
 u_y: the one rounding of y; u_h: the rounding of s ⊙ h to the weights' dtype before the second product, which tensor
 cores need; u_sum: the order and precision of the sums. In a mixture s_r is s_r g_e, and an error δ = u_sum Σ_i |W_ei
 x_i| / temperature of the logits makes one of at most 4 δ g_e of the gate (softmax 2 δ, its renormalisation again);
-where a threshold τ of the token is taken off p, of 2 δ p_e + δ τ before they are normalised (`gate_error`).
+where a threshold τ of the token is taken off p, of 2 δ p_e + δ τ before they are normalised (`gate_error`). Logits of
+LayerNorm(x) have the errors of its two moments besides (`router_logits`).
 That holds while the same experts are selected, by the token and, where there is a capacity, by those before it: tests
 keep to inputs whose `margin` is far above δ.
 """
@@ -323,14 +324,31 @@ def exact(spec: SiteSpec, adapters: Sequence[Adapter], which: Ints, lengths: Int
     return Exact(out, bound, margin)
 
 
+def router_logits(gate: TokenGate, router: Tensor, x: Tensor, tolerance: Tolerance) -> tuple[Tensor, Tensor]:
+    """float64 `l_TE` of a float64 `router_EI` and tokens `x_TI`, and how far off each may be.
+
+    Of LayerNorm(x): the mean is off by up to m = u_sum Σ_i |x_i| / I, which Σ_i W_ei takes along, and the variance v by
+    u_sum v + m², as squares around a wrong mean are larger by its error's.
+    """
+    u, sums = tolerance.sum, x.abs() @ router.abs().t()
+    if gate.layer_norm_eps is None:
+        return x @ router.t(), u * sums
+    off = u * x.abs().mean(1, keepdim=True)
+    variance = x.var(1, keepdim=True, correction=0) + gate.layer_norm_eps
+    logits = torch.nn.functional.layer_norm(x, x.shape[1:], eps=gate.layer_norm_eps) @ router.t()
+    # W x and mean(x) Σ W are as large as these sums, whatever is left of their difference.
+    error = (2 * u * sums + off * router.sum(1).abs()) / variance.sqrt()
+    return logits, error + logits.abs() * (2 * u + off**2 / variance)
+
+
 def _experts(w: Weights, x: Tensor, sequence: Ints, tolerance: Tolerance) -> tuple[Tensor, Gates, Tensor]:
     """Expert of each rank row, the gates of tokens `x_TI`, and the errors `g` may have."""
     if w.gate is None or w.router is None or w.expert is None:
         one = x.new_ones(x.shape[0], 1)
         return torch.zeros(w.a.shape[0], device=x.device), Gates(one, x.new_full(x.shape[:1], torch.inf)), 0 * one
     router = w.router.to(x.device).double()
-    delta = tolerance.sum * (x.abs() @ router.abs().t()).amax(1, keepdim=True)
-    logits = x @ router.t()
+    logits, error = router_logits(w.gate, router, x, tolerance)
+    delta = error.amax(1, keepdim=True)
     taken = room(w.gate, logits, sequence) if w.gate.capacity else None
     return w.expert.to(x.device), exact_gates(w.gate, logits, taken), gate_error(w.gate, logits, delta, tolerance)
 
@@ -378,8 +396,8 @@ def worst_trace(
             if spec.name not in x:
                 continue
             rows, router = x[spec.name][torch.from_numpy(routed.rows)].double().cpu(), w.router.double().cpu()
-            bound = TOLERANCE[w.router.dtype].sum * (rows.abs() @ router.abs().t())
+            want, bound = router_logits(w.gate, router, rows, TOLERANCE[w.router.dtype])
             # The trace is float32, whatever the sums were.
-            bound += TOLERANCE[torch.float32].y * (rows @ router.t()).abs()
-            error = max(error, float(((logits.double() - rows @ router.t()).abs() / bound).max()))
+            bound += TOLERANCE[torch.float32].y * want.abs()
+            error = max(error, float(((logits.double() - want).abs() / bound).max()))
     return error

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SliceGate:
-    """A slice's gate, the columns of h (and rows of A) that hold its router, its int32 `expert_R` (or group), and of a
-    gate with a capacity the int32 `counts_NE` that steps keep (`sequences.py`)."""
+    """A slice's gate, the columns of h (and rows of A) that hold its router, its int32 `expert_R` (or group), of a gate
+    with a capacity the int32 `counts_NE` that steps keep (`sequences.py`), and of a router that reads LayerNorm(x) the
+    `sums_E` of its rows in the dtype of sums."""
 
     rule: TokenGate
     logits: slice
     expert: Tensor
     counts: Tensor | None = None
+    sums: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,13 @@ class SliceWeights:
 
 @dataclass(frozen=True)
 class SlotWeights:
-    """One adapter at one site: `a` (the R rank rows, then router rows) with I columns, float32 `scale_R`, and its
-    slices in order."""
+    """One adapter at one site: `a` (the R rank rows, then router rows) with I columns, float32 `scale_R`, its slices in
+    order, and where a router reads LayerNorm(x) the columns of h for mean and variance of x."""
 
     a: Tensor
     scale: Tensor
     slices: tuple[SliceWeights, ...]
+    moments: slice | None = None
     live: tuple[SliceWeights, ...] = field(init=False)
     """The slices that change anything."""
 
@@ -105,6 +108,8 @@ class SlotWeights:
             check_experts(module, expert, part.gate.rule.weights)
         for tensor, target in copies.values():
             target.copy_(tensor, non_blocking=tensor.is_pinned())
+        if part.gate is not None and part.gate.sums is not None:
+            part.gate.sums.copy_(self.a[part.gate.logits].sum(1, dtype=torch.float64))
         return sum(target.nbytes for _, target in copies.values())
 
 
@@ -137,7 +142,11 @@ class Memory:
                 if (counts_at := layout.counts[j]) is not None:
                     shape = layout.count_rows, part.gate.experts
                     counts = _words(self.ints, offset + counts_at, math.prod(shape)).view(shape)
-                gate = SliceGate(part.gate, slice(first, first + part.gate.logits), expert, counts)
+                sums = None
+                if (sums_at := layout.sums[j]) is not None:
+                    sums_of = self.weights if item > WORD else self.floats
+                    sums = sums_of.as_strided((part.gate.logits,), (1,), (offset + sums_at) // sums_of.itemsize)
+                gate = SliceGate(part.gate, slice(first, first + part.gate.logits), expert, counts, sums)
             mag, bias = (
                 None if at is None else _words(self.floats, offset + at, d_out)
                 for at in (layout.mag[j], layout.bias[j])
@@ -145,7 +154,7 @@ class Memory:
             rows, cols = slice(row, row + part.rank), slice(col, col + d_out)
             slices.append(SliceWeights(j, rows, cols, b, gate, mag, bias))
             row, col = rows.stop, cols.stop
-        return SlotWeights(a, scale, tuple(slices))
+        return SlotWeights(a, scale, tuple(slices), layout.moments)
 
 
 def _words(words: Tensor, offset: int, count: int) -> Tensor:

@@ -39,10 +39,12 @@ def clear(
     rows: int,
     dtype: torch.dtype,
     generator: torch.Generator,
+    *,
+    mean: float = 0,
 ) -> tuple[Tensor, Tensor]:
-    """x without selections that hang on a rounding, as a view of wider rows, and y."""
+    """x of that mean without selections that hang on a rounding, as a view of wider rows, and y."""
     x = torch.empty(rows, spec.d_in + 5, dtype=dtype)[:, : spec.d_in]
-    draw = lambda: torch.randn(rows, spec.d_in, generator=generator).to(dtype)  # noqa: E731
+    draw = lambda: (mean + torch.randn(rows, spec.d_in, generator=generator)).to(dtype)  # noqa: E731
     x.copy_(clear_inputs(spec, adapters, which, lengths, draw))
     return x, torch.randn(rows, sum(spec.d_outs), generator=generator).to(dtype)
 

@@ -59,14 +59,15 @@ GATES: tuple[dict[str, TokenGate], ...] = (
         "q": TokenGate(8, "top_k", k=2),
         "k": TokenGate(16, "top_p", p=0.7, temperature=0.5),
         "v": TokenGate(1),
-        "o": TokenGate(5, "threshold", threshold=0.22),
+        "o": TokenGate(5, "top_k", k=2, eps=1e-6, layer_norm_eps=1e-5),
         "d": TokenGate(4, "top_k", k=2, one=True),
     },
     {
+        "q": TokenGate(5, "threshold", threshold=0.22),
         "k": TokenGate(3, "threshold", threshold=1.5),
         "v": TokenGate(16, "top_k", k=3, absolute=True, renormalise=False),
         "o": TokenGate(7, eps=1e-3, groups=(0b1000001, 0b0111110, 0b1111111)),
-        "d": TokenGate(15, "adaptive", threshold=0.07, bias=0.5),
+        "d": TokenGate(15, "adaptive", threshold=0.07, bias=0.5, layer_norm_eps=1e-5),
     },
 )
 """By module, of the adapters of RANKS: plain, mixtures, and plain modules beside mixtures."""
@@ -215,6 +216,40 @@ def check_capacity(dtype: torch.dtype) -> None:
     report(good and error <= 1, f"{dtype} capacity, error {error:.3f} of its bound, bits {good}")
 
 
+def check_layer_norm(dtype: torch.dtype) -> None:
+    """Routers that read LayerNorm(x), where the mean of x is thirty times its deviation."""
+    generator = torch.Generator(DEVICE).manual_seed(2)
+    pool = AdapterPool(
+        SPECS,
+        capacity_bytes=8 << 20,
+        slots=2,
+        max_rank=64,
+        max_tokens=1024,
+        max_requests=8,
+        dtype=dtype,
+        device=DEVICE,
+    )
+    pool.warmup()
+    rule = TokenGate(6, "top_k", k=2, layer_norm_eps=1e-5)
+    ranks, rules = {"q": 48, "v": 20, "o": 33, "d": 24}, dict.fromkeys("qvod", rule)
+    adapters = [mixed(random_adapter(SPECS, ranks, dtype, generator), rules, generator) for _ in range(2)]
+    slots = np.array([*(load(pool, a) for a in adapters), -1], np.int32)
+    largest, good = 0.0, True
+    for lengths in (np.array([20, 3, 1], np.int32), np.array([300, 400, 7], np.int32)):
+        which, total = np.array([0, 1, -1], np.int32), int(lengths.sum())
+        pool.set_batch(slots[which], lengths)
+        for index, spec in enumerate(SPECS):
+            draw = lambda s=spec, n=total: (30 + torch.randn(n, s.d_in, generator=generator, device=DEVICE)).to(dtype)  # noqa: E731
+            x = clear_inputs(spec, adapters, which, lengths, draw)
+            y = torch.randn(total, sum(spec.d_outs), generator=generator, device=DEVICE).to(dtype)
+            got = y.clone()
+            with poisoned():
+                apply(pool, index, x, got)
+            largest = max(largest, worst(got, exact(spec, adapters, which, lengths, x, y)))
+            good &= same_bits(got[-int(lengths[-1]) :], y[-int(lengths[-1]) :])
+    report(good and largest <= 1, f"{dtype} LayerNorm, error {largest:.3f} of its bound, bits {good}")
+
+
 def kernels_of(run: Callable[[], object]) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -258,5 +293,6 @@ if __name__ == "__main__":
         for tested in (torch.float32, torch.bfloat16, torch.float16):
             check(tested)
             check_capacity(tested)
+            check_layer_norm(tested)
         check_launches()
     sys.exit(failures > 0)

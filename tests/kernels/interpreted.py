@@ -49,12 +49,26 @@ MIXED: tuple[dict[str, TokenGate], ...] = (
         "v": TokenGate(3, "top_k", k=2, renormalise=False),
         "o": TokenGate(16, "top_p", p=0.7, temperature=0.5),
     },
-    {"q": TokenGate(8, "threshold", threshold=0.15), "o": TokenGate(5, "top_k", k=3, absolute=True, one=True)},
+    {
+        "q": TokenGate(8, "threshold", threshold=0.15),
+        "o": TokenGate(5, "top_k", k=3, absolute=True, one=True, layer_norm_eps=1e-5),
+    },
     {
         "k": TokenGate(6, "adaptive", threshold=0.2, bias=0.3),
-        "v": TokenGate(7, eps=1e-3, groups=(0b0011011, 0b1000000, 0b1111111)),
+        "v": TokenGate(7, eps=1e-3, groups=(0b0011011, 0b1000000, 0b1111111), layer_norm_eps=0.1),
     },
     {},
+)
+# Routers that all read LayerNorm(x), so that x may have any mean.
+NORMED: tuple[dict[str, TokenGate], ...] = (
+    {
+        "q": TokenGate(1, layer_norm_eps=1e-5),
+        "k": TokenGate(4, "top_k", k=2, eps=1e-6, layer_norm_eps=1e-5),
+        "o": TokenGate(6, "top_k", k=2, layer_norm_eps=0.2),
+    },
+    {"q": TokenGate(16, "top_k", k=3, layer_norm_eps=1e-5), "o": TokenGate(5, "top_k", k=2, layer_norm_eps=1e-5)},
+    {},
+    {"v": TokenGate(3, "adaptive", threshold=0.4, layer_norm_eps=1e-5)},
 )
 # Modules with a mag and with a bias, of the same adapters; the last has neither. "q" of the third has no rank.
 OUTPUTS = (("ko", "qk"), ("q", "vo"), ("qo", "qk"), ("", ""))
@@ -69,6 +83,7 @@ def check(
     outputs: tuple[tuple[str, str], ...],
     popularity: str,
     rng: np.random.Generator,
+    mean: float = 0,
 ) -> bool:
     pool = AdapterPool(
         SPECS,
@@ -101,20 +116,20 @@ def check(
     pool.trace(True)
     for spec, site_id in zip(SPECS, pool.site_ids, strict=True):
         site, width = lookup(site_id), sum(spec.d_outs)
-        draw = lambda s=spec: torch.randn(padded, s.d_in, generator=gen).to(dtype)  # noqa: E731
+        draw = lambda s=spec: (mean + torch.randn(padded, s.d_in, generator=gen)).to(dtype)  # noqa: E731
         x = torch.empty(padded, spec.d_in + 16, dtype=dtype)[:, : spec.d_in]
         x.copy_(clear_inputs(spec, adapters, which, lengths, draw))
         inputs[spec.name] = x
         y = torch.randn(padded, width, generator=gen).to(dtype)
         before = y.clone()
-        h = torch.full((padded + PLANE_ROWS, site.rows), float("nan"))
+        h = torch.full((padded + PLANE_ROWS, site.width), float("nan"))
         site.backend.shrink(site, x, h)
         site.backend.expand(site, y, h)
         error = worst(y, exact(spec, adapters, which, lengths, x, before))
         base = torch.from_numpy(np.r_[np.repeat(which, lengths), [-1] * 3] < 0)
         ok = error <= (2 if dtype == torch.bfloat16 else 1) and same_bits(y[base], before[base])
         good &= ok
-        kind = " mixed" * any(gates) + " outputs" * (outputs is OUTPUTS)
+        kind = " mixed" * any(gates) + " outputs" * (outputs is OUTPUTS) + f" of mean {mean:g}" * (mean != 0)
         case = f"{dtype} {spec.name} T={tokens} {popularity}{kind}"
         sys.stdout.write(f"{'OK' if ok else 'FAIL'} {case} error {error:.2f}\n")
     by_slot = dict(zip(slots.tolist(), adapters, strict=False))
@@ -143,7 +158,7 @@ def check_ties(rule: TokenGate) -> bool:
     pool.set_batch(which, lengths)
     x, y = torch.randn(5, spec.d_in, generator=gen), torch.randn(5, sum(spec.d_outs), generator=gen)
     before, site = y.clone(), lookup(pool.site_ids[0])
-    h = torch.full((5 + PLANE_ROWS, site.rows), float("nan"))
+    h = torch.full((5 + PLANE_ROWS, site.width), float("nan"))
     site.backend.shrink(site, x, h)
     site.backend.expand(site, y, h)
     error = worst(y, exact(spec, [adapter], which, lengths, x, before))
@@ -159,7 +174,7 @@ def check_capacity(dtype: torch.dtype, lengths: list[int], steps: list[list[int]
             "q": TokenGate(4, "top_k", k=2, capacity=9),
             "k": TokenGate(7, "threshold", threshold=0.15, one=True, capacity=20, groups=(0b0011011, 0b1111111)),
         },
-        {"k": TokenGate(16, "top_k", k=5, capacity=40)},
+        {"k": TokenGate(16, "top_k", k=5, capacity=40, layer_norm_eps=1e-5)},
         {"q": TokenGate(3, "adaptive", threshold=0.3)},
     )
     made = [random_adapter([spec], {"q": 12, "k": 20}, dtype, generator) for _ in gates]
@@ -186,7 +201,7 @@ def check_capacity(dtype: torch.dtype, lengths: list[int], steps: list[list[int]
         rows = np.concatenate([np.arange(b + d, b + d + n) for b, d, n in zip(begin, done, step, strict=True)])
         taken: np.ndarray = np.array(step, np.int32)
         pool.set_batch(slots[which], taken, sequences.step(done, taken))
-        part, h = y[rows], torch.full((len(rows) + PLANE_ROWS, site.rows), float("nan"))
+        part, h = y[rows], torch.full((len(rows) + PLANE_ROWS, site.width), float("nan"))
         site.backend.shrink(site, x[rows].contiguous(), h)
         site.backend.expand(site, part, h)
         y[rows], done = part, done + taken
@@ -221,6 +236,8 @@ if __name__ == "__main__":
     for gates, outputs in ((PLAIN, NO_OUTPUTS), (MIXED, NO_OUTPUTS), (MIXED, OUTPUTS)):
         some = cases if outputs is NO_OUTPUTS else cases[1::2]
         good += [check(d, t, gates, outputs, p, rng) for (d, t), p in zip(some, itertools.cycle(POPULARITIES))]
+    normed = [(torch.float32, 13), (torch.float32, 260), (torch.bfloat16, 40)]
+    good += [check(dtype, tokens, NORMED, NO_OUTPUTS, "uniform", rng, 30.0) for dtype, tokens in normed]
     generator = torch.Generator().manual_seed(5)
     good += [check_capacity(torch.float32, LENGTHS, steps, generator) for steps in CHUNKS]
     good.append(check_capacity(torch.bfloat16, LENGTHS, CHUNKS[1], generator))

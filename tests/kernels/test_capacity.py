@@ -33,7 +33,7 @@ GATES: tuple[dict[str, TokenGate], ...] = (
         "k": TokenGate(5, "threshold", threshold=0.2, one=True, capacity=4),
         "o": TokenGate(4, "adaptive", threshold=0.3, capacity=2),
     },
-    {"o": TokenGate(3, capacity=5)},
+    {"k": TokenGate(4, "top_k", k=1, capacity=3, layer_norm_eps=1e-5), "o": TokenGate(3, capacity=5)},
     {"o": TokenGate(3, "top_p", p=0.6, capacity=1 << 30)},
 )
 RANKS = {"q": 12, "k": 7, "v": 5, "o": 16}

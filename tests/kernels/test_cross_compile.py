@@ -81,7 +81,7 @@ def test_no_spills(spec: SiteSpec, dtype: torch.dtype, tokens: int, tmp_path: Pa
     from loramux_kernels.triton import expand, shrink
 
     _pool, site = site_of(spec, dtype)
-    h = torch.empty(tokens + PLANE_ROWS, site.rows, device="meta")
+    h = torch.empty(tokens + PLANE_ROWS, site.width, device="meta")
     x = torch.empty(tokens, spec.d_in, dtype=dtype, device="meta")
     y = torch.empty(tokens, sum(spec.d_outs), dtype=dtype, device="meta")
     for kernel, (_grid, kwargs) in (

@@ -12,6 +12,8 @@ from loramux_kernels.cuda import compiler
 KERNELS = sorted(name for name in compiler.sources() if name.endswith(".cu"))
 REGISTERS = 65536
 """Of a multiprocessor."""
+BESIDE = {"shrink_prefill.cu": 2}
+"""Blocks side by side that launch bounds do not ask for: with them this kernel would spill, without it has room."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +43,7 @@ def test_no_spills_and_as_many_blocks_as_promised(name: str) -> None:
     assert len(frames) in (2, 4), "and at most one function beside each"
     assert set(frames) == {("0", "0", "0")}
     for used in map(int, registers):
-        assert used * threads * (int(blocks[1]) if blocks else 1) <= REGISTERS
+        assert used * threads * (int(blocks[1]) if blocks else BESIDE.get(name, 1)) <= REGISTERS
 
 
 def test_what_does_not_compile_says_why() -> None:

@@ -130,6 +130,8 @@ def test_by_hand(backend: str, rule: TokenGate, scores: list[float], want: list[
         ("temperature", {"temperature": 0.0}),
         ("temperature", {"temperature": 1e-60}),
         ("temperature", {"temperature": 1e60}),
+        ("layer_norm_eps", {"layer_norm_eps": 0.0}),
+        ("layer_norm_eps", {"layer_norm_eps": 1e-60}),
         ("groups", {"groups": (0,)}),
         ("groups", {"groups": (1, 0b10000)}),
         ("groups", {"groups": (-1,)}),

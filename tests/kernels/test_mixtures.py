@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import loramux_kernels as lk
 from loramux_kernels import MAX_EXPERTS, AdapterPool, SiteSpec, TokenGate
-from loramux_kernels.sites import lookup
+from loramux_kernels.sites import MOMENT_COLUMNS, lookup
 from loramux_kernels.testing import (
     Weights,
     exact,
@@ -66,6 +66,16 @@ ADAPTERS: tuple[tuple[Mapping[str, int], Mapping[str, TokenGate]], ...] = (
             "o": TokenGate(3, groups=(0b111, 0b100)),
         },
     ),
+    # Routers that read LayerNorm(x), beside one that reads x.
+    (
+        {"q": 12, "k": 9, "v": 8, "o": 24},
+        {
+            "q": TokenGate(6, "top_k", k=2, eps=1e-6, layer_norm_eps=1e-5),
+            "k": TokenGate(3, "adaptive", threshold=0.4, layer_norm_eps=0.5),
+            "v": TokenGate(4, "top_k", k=2),
+            "o": TokenGate(16, "top_k", k=3, layer_norm_eps=1e-5, absolute=True, groups=(0x00FF, 0xFF00)),
+        },
+    ),
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 BACKENDS = ("cpu", "reference")
@@ -83,9 +93,9 @@ def make(
     return AdapterPool(
         specs,
         capacity_bytes=24 << 20,
-        slots=8,
+        slots=10,
         max_rank=max_rank,
-        max_tokens=64,
+        max_tokens=80,
         max_requests=16,
         dtype=dtype,
         device="cpu",
@@ -133,11 +143,42 @@ def test_every_number_of_experts_with_unequal_ranks(experts: int, backend: str) 
             pool.release(slot)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_routers_that_read_layer_norm_where_the_mean_is_large(dtype: torch.dtype, backend: str) -> None:
+    """Thirty deviations from zero, and router rows that sum to nothing, or do not: of the first, what rounding left
+    counts, of the others nearly all that they sum up is the mean's."""
+    generator = torch.Generator().manual_seed(8)
+    rule = TokenGate(5, "top_k", k=2, layer_norm_eps=1e-5)
+    pool, adapters, slots = make(dtype, backend, specs=(ODD,)), [], []
+    for rank, shift in ((12, 0.0), (33, 0.05)):
+        router = torch.randn(5, ODD.d_in, generator=generator, dtype=torch.float64) * ODD.d_in**-0.5
+        router += shift - router.mean(1, keepdim=True)
+        w = mixed(random_adapter((ODD,), {"o": rank}, dtype, generator), {"o": rule}, generator)["o"]
+        slots.append(load(pool, {"o": w._replace(router=router)}))
+        adapters.append({"o": w._replace(router=router.to(dtype))})
+    which, lengths = np.array([0, -1, 1, 0], np.int32), np.array([5, 2, 7, 1], np.int32)
+    for mean in (-30.0, 30.0):
+        x, y = clear(ODD, adapters, which, lengths, 15, dtype, generator, mean=mean)
+        pool.set_batch(np.array([*slots, -1], np.int32)[which], lengths)
+        got = apply(pool, 0, x, y)
+        assert worst(got, exact(ODD, adapters, which, lengths, x, y)) <= 1
+        assert same_bits(got[5:7], y[5:7])
+
+
+def test_only_routers_that_read_layer_norm_have_sums() -> None:
+    pool, ranks = make(), {"q": 16, "o": 5}
+    reading_x = pool.bytes_for(ranks, {"q": TokenGate(8), "o": TokenGate(3)})
+    assert pool.bytes_for(ranks, {"q": TokenGate(8, layer_norm_eps=1e-5), "o": TokenGate(3)}) == reading_x + 128
+
+
 def test_the_bound_notices_a_wrong_expert() -> None:
     """Guards the other tests: the smallest mistakes a gate could make are far outside of the bound."""
     top_2, adaptive = TokenGate(4, "top_k", k=2), TokenGate(4, "adaptive", threshold=0.25, bias=0.1)
     check_mistakes(top_2, TokenGate(4, "top_k", k=3), TokenGate(4, "top_k", k=2, eps=1e-3))
     check_mistakes(adaptive, replace(adaptive, bias=0.11), replace(adaptive, renormalise=False))
+    normed = replace(top_2, layer_norm_eps=1e-5)
+    check_mistakes(normed, top_2, replace(normed, layer_norm_eps=1e-2))
 
 
 def check_mistakes(rule: TokenGate, *other_rules: TokenGate) -> None:
@@ -287,7 +328,8 @@ def test_h_has_room_for_the_logits_of_every_slice() -> None:
     held = lookup(pool.site_ids[0]).slots
     slot = load(pool, adapter)
     weights = held[slot]
-    assert weights is not None and weights.a.shape[0] == pool.h_width(0) == 3 * (8 + MAX_EXPERTS)
+    assert weights is not None and weights.a.shape[0] == 3 * (8 + MAX_EXPERTS)
+    assert pool.h_width(0) == weights.a.shape[0] + MOMENT_COLUMNS
     assert pool.overhead_bytes >= 64 * 3 * (8 + MAX_EXPERTS) * 4
 
 
@@ -350,4 +392,4 @@ def test_a_gate_without_rank_is_refused(
     pool = make()
     with pytest.raises(error):
         pool.reserve(ranks, gates)
-    assert pool.used_bytes == 0 and pool.free_slots == 8
+    assert pool.used_bytes == 0 and pool.free_slots == pool.slots

@@ -261,7 +261,7 @@ def test_triton_kernels_in_the_interpreter() -> None:
         [sys.executable, script], capture_output=True, text=True, check=False, env=environment(TRITON_INTERPRET="1")
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("OK ") == 62
+    assert done.stdout.count("OK ") == 71
 
 
 def test_sites_are_told_apart_by_a_cpu_tensor() -> None:

@@ -210,7 +210,8 @@ def test_an_image_in_any_pieces_is_the_adapter_written_by_module(
     cut: int, apart: bool, generator: torch.Generator
 ) -> None:
     adapter = random_adapter(SPECS, {"q": 6, "v": 8, "o": 2}, torch.float32, generator)
-    adapter = mixed(adapter, {"q": lk.TokenGate(3, "top_k", k=2)}, generator)
+    gates = {"q": lk.TokenGate(3, "top_k", k=2), "o": lk.TokenGate(2, layer_norm_eps=1e-5)}
+    adapter = mixed(adapter, gates, generator)
     adapter = with_outputs(adapter, {"v"}, {"o"}, generator)
     other, x = make(), torch.randn(TOKENS, 24, generator=generator)
     want = run(other, [load(other, adapter)], [TOKENS], x)

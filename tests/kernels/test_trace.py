@@ -15,7 +15,7 @@ SPECS = (SiteSpec("qkv", ("q", "k", "v"), 48, (64, 33, 32)), SiteSpec("o", ("o",
 RANKS = ({"q": 8, "v": 3, "o": 12}, {"k": 5, "o": 4}, {"q": 6})
 GATES = (
     {"q": TokenGate(4, "top_k", k=2), "v": TokenGate(3, absolute=True), "o": TokenGate(4, "top_k", k=2)},
-    {"o": TokenGate(15, "adaptive", threshold=0.1)},
+    {"k": TokenGate(4, layer_norm_eps=1e-5), "o": TokenGate(15, "adaptive", threshold=0.1)},
     {},
 )
 
@@ -68,6 +68,7 @@ def test_logits_are_those_of_the_routers(backend: str) -> None:
     assert [(r.slot, len(r.gates), len(r.rows)) for r in routed] == [
         (step.slots[0], 2, 4),
         (step.slots[0], 1, 4),
+        (step.slots[1], 1, 6),
         (step.slots[1], 1, 6),
     ]
 

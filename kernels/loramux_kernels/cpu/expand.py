@@ -10,7 +10,7 @@ import functools
 from torch import Tensor
 
 from loramux_kernels.cpu.capacity import accepted
-from loramux_kernels.cpu.gate import gate
+from loramux_kernels.cpu.gate import gate, normalised
 from loramux_kernels.sites import Site
 
 
@@ -20,13 +20,15 @@ def expand(site: Site, y: Tensor, h: Tensor) -> None:
         weights = site.slots[slot]
         if weights is None:
             continue
-        rows = h[:, : weights.a.shape[0]]
+        rows = h[:, : weights.a.shape[0] if weights.moments is None else weights.moments.stop]
         rows = rows[tokens] if isinstance(tokens, slice) else rows.index_select(0, tokens)
         scaled = rows[:, : weights.scale.shape[0]] * weights.scale
         for part in weights.live:
             h_part, b = scaled[:, part.rows], part.b.to(h.dtype)
             if part.gate is not None:
                 logits = rows[:, part.gate.logits]
+                if part.gate.sums is not None:
+                    logits = normalised(part.gate.rule, logits, rows[:, weights.moments], part.gate.sums)
                 if site.trace.on:
                     site.trace.put(site.first_gate + part.index, tokens, logits)
                 accept = None

@@ -11,6 +11,13 @@ from torch import Tensor
 from loramux_kernels.gates import TokenGate
 
 
+def normalised(rule: TokenGate, logits: Tensor, moments: Tensor, sums: Tensor) -> Tensor:
+    """W LayerNorm(x) [T, E] from `logits` W x, mean and variance of x as `moments` [T, 2], and the `sums_E` of W."""
+    mean, variance = moments[:, :1], moments[:, 1:]
+    assert rule.layer_norm_eps is not None
+    return (logits - mean * sums) / (variance + rule.layer_norm_eps).sqrt()
+
+
 def probabilities(rule: TokenGate, logits: Tensor) -> Tensor:
     """`p_TE`: what the gate selects from. A logit of the threshold is left out."""
     scores = logits[:, : rule.experts]

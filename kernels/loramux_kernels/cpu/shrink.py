@@ -1,4 +1,5 @@
-"""h_TR = x_TI @ A_RIᵀ, one product per adapter of the step. Router rows are more rows of A."""
+"""h_TR = x_TI @ A_RIᵀ, one product per adapter of the step. Router rows are more rows of A; mean and variance of x
+follow where one of these reads LayerNorm(x)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,11 @@ def shrink(site: Site, x: Tensor, h: Tensor) -> None:
         # A low-precision product would round h; converting costs little beside reading the weights.
         a = weights.a.to(h.dtype)
         if isinstance(tokens, slice):
-            torch.mm(x[tokens].to(h.dtype), a.t(), out=h[tokens, : a.shape[0]])
+            rows = x[tokens].to(h.dtype)
+            torch.mm(rows, a.t(), out=h[tokens, : a.shape[0]])
         else:
             rows = x.index_select(0, tokens).to(h.dtype)
             h[:, : a.shape[0]].index_copy_(0, tokens, rows @ a.t())
+        if weights.moments is not None:
+            variance, mean = torch.var_mean(rows, 1, correction=0)
+            h[tokens, weights.moments] = torch.stack([mean, variance], 1)

@@ -21,7 +21,7 @@ def _run(h: Tensor, y: Tensor, site: Tensor, x: Tensor | None = None) -> None:
     if bound.plan.active:
         if y.dim() != 2 or y.shape[1] != sum(bound.spec.d_outs) or y.stride(1) != 1 or y.dtype != bound.dtype:
             raise ValueError(f"site {bound.spec.name}: y is {tuple(y.shape)} {y.dtype}")
-        if h.shape[1] != bound.rows or h.shape[0] < y.shape[0]:
+        if h.shape[1] != bound.width or h.shape[0] < y.shape[0]:
             raise ValueError(f"site {bound.spec.name}: h is {tuple(h.shape)} for {y.shape[0]} tokens")
         bound.backend.expand(bound, y, h)
 

@@ -1,8 +1,9 @@
 """h_TR = x_TI @ A_RIᵀ, per token with the A of that token's adapter.
 
 T tokens · I inputs · R rows of A: the adapter's rank rows, all slices of the site stacked, and behind them the router
-rows of its mixtures, whose sums are logits. Sums are float32 (float64 for
-float64 weights). Rows of h without an adapter, and columns beyond its R, are left as they were allocated.
+rows of its mixtures, whose sums are logits. Where such a router reads LayerNorm(x), mean and variance of x over I
+follow: here x is at hand. Sums are float32 (float64 for float64 weights). Rows of h without an adapter, and columns
+beyond these, are left as they were allocated.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ shape needs no branch on T."""
 
 
 def h_shape(tokens: int, rows: int, device: torch.device) -> tuple[int, int]:
-    """Shape of h for x of `tokens` rows at a site of `rows` rows of A at most."""
+    """Shape of h for x of `tokens` rows at a site whose `width` is `rows`."""
     return tokens + (PLANE_ROWS if device.type == "cuda" else 0), rows
 
 
@@ -35,10 +36,10 @@ def _run(x: Tensor, site: Tensor, rows: int) -> Tensor:
     if bound.plan.active:
         if x.dim() != 2 or x.shape[1] != bound.spec.d_in or x.stride(1) != 1 or x.dtype != bound.dtype:
             raise ValueError(f"site {bound.spec.name}: x is {tuple(x.shape)} {x.dtype}")
-        if rows != bound.rows or bound.plan.tokens > x.shape[0]:
+        if rows != bound.width or bound.plan.tokens > x.shape[0]:
             raise ValueError(
                 f"site {bound.spec.name}: {rows} columns of h and {x.shape[0]} tokens, "
-                f"the pool has {bound.rows} and plans {bound.plan.tokens}"
+                f"the pool has {bound.width} and plans {bound.plan.tokens}"
             )
         bound.backend.shrink(bound, x, h)
     return h

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loramux_kernels.reference.gate import gate
+from loramux_kernels.reference.gate import gate, normalised
 from loramux_kernels.sites import Site
 
 
@@ -25,6 +25,8 @@ def expand(site: Site, y: Tensor, h: Tensor) -> None:
             scaled = weights.scale[part.rows] * h[t, part.rows]
             if part.gate is not None:
                 logits = h[t, part.gate.logits]
+                if part.gate.sums is not None:
+                    logits = normalised(part.gate.rule, logits, h[t, weights.moments], part.gate.sums)
                 if site.trace.on:
                     site.trace.put(site.first_gate + part.index, slice(t, t + 1), logits[None])
                 if part.gate.counts is None:

@@ -8,6 +8,13 @@ from torch import Tensor
 from loramux_kernels.gates import TokenGate
 
 
+def normalised(rule: TokenGate, logits: Tensor, moments: Tensor, sums: Tensor) -> Tensor:
+    """W LayerNorm(x) of one token from its `logits` W x, mean and variance of x, and the sums of the rows of W."""
+    mean, variance = moments[0], moments[1]
+    assert rule.layer_norm_eps is not None
+    return (logits - mean * sums) / (variance + rule.layer_norm_eps).sqrt()
+
+
 def gate(rule: TokenGate, logits: Tensor, counts: Tensor | None = None) -> Tensor:
     """Weight of each expert, or of each group, for a token with these `logits`, in their dtype.
 

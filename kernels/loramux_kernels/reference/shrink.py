@@ -1,7 +1,9 @@
-"""h_t = A x_t with the A of token t's adapter: its rank rows, then its router rows."""
+"""h_t = A x_t with the A of token t's adapter: its rank rows, then its router rows; then mean and variance of x_t,
+where such a router reads LayerNorm(x_t)."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from loramux_kernels.sites import Site
@@ -14,3 +16,6 @@ def shrink(site: Site, x: Tensor, h: Tensor) -> None:
         if weights is not None:
             a = weights.a.to(h.dtype)
             h[t, : a.shape[0]] = a @ x[t].to(h.dtype)
+            if weights.moments is not None:
+                mean = x[t].to(h.dtype).mean()
+                h[t, weights.moments] = torch.stack([mean, (x[t].to(h.dtype) - mean).square().mean()])

@@ -26,9 +26,12 @@ def room(
     places,
     token_ids,
     tile,
-    h_logits,
+    h,
     h_stride,
+    first_logit,
     plane,
+    moments,
+    sums,
     keep,
     SPLITS: tl.constexpr,
     BT: tl.constexpr,
@@ -36,7 +39,7 @@ def room(
 ):
     """Whether fewer than the capacity's tokens before each in its sequence selected each expert, [BT, EXPERTS].
 
-    `count`: logits of a token; those of row 0 begin at `h_logits` · `counts`: rows of `experts` numbers · `keep`:
+    `count`: logits of a token · `h` … `sums`: as of `logits` · `counts`: rows of `experts` numbers · `keep`:
     whether to leave there what the next step goes on from.
     """
     capacity = tl.load(rule + CAPACITY_AT).to(tl.int32)
@@ -59,7 +62,8 @@ def room(
         if (first == 0) | (tl.min(tl.where(e < experts, before_tile, capacity), 0) < capacity):
             there = (first + it >= -ahead) & (first + it < tokens)
             ids = tl.load(token_ids + start + first + it, mask=there, other=0).to(tl.int64)
-            scores = logits(count, h_logits + ids[:, None] * h_stride, plane, there, SPLITS, BT, EXPERTS)
+            rows = h + ids[:, None] * h_stride
+            scores = logits(rule, count, rows, first_logit, plane, moments, sums, there, SPLITS, BT, EXPERTS)
             selected, _ = choose(rule, experts, scores, BT, EXPERTS)
             chosen = (selected & there[:, None]).to(tl.int32)
     within = tl.cumsum(chosen, 0) - chosen

@@ -31,6 +31,7 @@ RULE_AT = tl.constexpr(sites.RULE_AT)
 MAG_AT = tl.constexpr(sites.MAG_AT)
 BIAS_AT = tl.constexpr(sites.BIAS_AT)
 COUNTS_AT = tl.constexpr(sites.COUNTS_AT)
+SUMS_AT = tl.constexpr(sites.SUMS_AT)
 
 _SIZES = ["table_stride", "h_stride", "y_units", "tokens", "first_gate"]
 
@@ -127,7 +128,10 @@ def expand_kernel(
             acc = _product(acc, scaled, w, UPCAST)
     else:
         count = logit_count(part + RULE_AT, experts)
-        scores = logits(count, h_rows + tl.load(part + 4), plane, mt, SPLITS, BT, EXPERTS)
+        first_logit = tl.load(part + 4)
+        moments = tl.load(row + 3)
+        sums = floats + tl.load(part + SUMS_AT) - 1
+        scores = logits(part + RULE_AT, count, h_rows, first_logit, plane, moments, sums, mt, SPLITS, BT, EXPERTS)
         if (first_o == 0) & (tl.load(trace_flag) != 0):
             e = tl.arange(0, EXPERTS)[None, :]
             kept = trace + (first_gate + tl.load(block)).to(tl.int64) * (TRACED * EXPERTS) + t[:, None] * EXPERTS + e
@@ -143,9 +147,12 @@ def expand_kernel(
                 places,
                 token_ids,
                 tile,
-                h + tl.load(part + 4),
+                h,
                 h_stride,
+                first_logit,
                 plane,
+                moments,
+                sums,
                 first_o == 0,
                 SPLITS,
                 BT,

@@ -13,6 +13,7 @@ RENORMALISE = tl.constexpr(gates.RENORMALISE)
 ONE = tl.constexpr(gates.ONE)
 GROUPED = tl.constexpr(gates.GROUPED)
 ADAPTIVE = tl.constexpr(gates.ADAPTIVE)
+LAYER_NORM = tl.constexpr(gates.LAYER_NORM)
 CAPACITY_AT = tl.constexpr(gates.CAPACITY_AT)
 GROUPS_AT = tl.constexpr(gates.GROUPS_AT)
 GROUPS_PER_WORD = tl.constexpr(gates.GROUPS_PER_WORD)
@@ -30,18 +31,29 @@ def logit_count(rule, experts):
 
 
 @triton.jit
-def logits(count, h_rows, plane, mt, SPLITS: tl.constexpr, BT: tl.constexpr, EXPERTS: tl.constexpr):
+def logits(
+    rule, count, h_rows, first, plane, moments, sums, mt, SPLITS: tl.constexpr, BT: tl.constexpr, EXPERTS: tl.constexpr
+):
     """Router logits [BT, EXPERTS], zero beyond `count`.
 
-    `h_rows` [BT, 1]: where each token's logits begin · `plane`: elements between the pieces of a logit · `mt` [BT]:
-    which tokens there are.
+    `rule`: `TokenGate.packed` in the table · `h_rows` [BT, 1]: where each token's row of h begins · `first`: column of
+    the first logit · `plane`: elements between the pieces of a logit · `mt` [BT]: which tokens there are. Only read for
+    a router of LayerNorm(x): `moments`, column of mean and variance of x, and `sums` of the router's rows.
     """
     e = tl.arange(0, EXPERTS)[None, :]
     # What the shrink did not write may hold anything: it is replaced, never multiplied.
     live = mt[:, None] & (e < count)
     scores = tl.zeros((BT, EXPERTS), tl.float32)
     for split in tl.static_range(SPLITS):
-        scores += tl.load(h_rows + split * plane + e, mask=live, other=0.0)
+        scores += tl.load(h_rows + first + split * plane + e, mask=live, other=0.0)
+    # Without a branch, and loaded as often as there are logits: either else takes the kernel registers. Nothing is read
+    # for other routers.
+    normed = (tl.load(rule + 1).to(tl.int32) & LAYER_NORM) != 0
+    there = e < tl.where(normed, count, 0)
+    mean = tl.load(h_rows + moments + 0 * e, mask=mt[:, None] & there, other=0.0)
+    variance = tl.load(h_rows + moments + 1 + 0 * e, mask=mt[:, None] & there, other=1.0)
+    scores -= mean * tl.load(sums + e, mask=there, other=0.0)
+    scores *= tl.where(normed, tl.rsqrt(variance + _real(rule + 7)), 1.0)
     return scores
 
 

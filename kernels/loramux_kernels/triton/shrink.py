@@ -4,6 +4,9 @@
 T tokens · I inputs · R rows of A of the tile's adapter, its rank rows and behind them its router rows. Piece s writes
 row s·T + t of h; the expand kernel adds the pieces in order, so that the sum is the same in every run, and no atomics
 and no zeroed memory are needed.
+
+Where a router reads LayerNorm(x), the tile's first program reads its x twice more, for mean and variance, and leaves
+them behind the sums of the first piece.
 """
 
 from __future__ import annotations
@@ -14,12 +17,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loramux_kernels import sites
 from loramux_kernels.plan import TILE_FIELDS
 from loramux_kernels.sites import Site
 from loramux_kernels.triton.config import INTERPRETED, config, units
 
+MOMENTS_AT = tl.constexpr(sites.MOMENTS_AT)
+
 # Sizes are never specialised: a size that happens to be 1 would compile a new kernel, perhaps inside a capture.
 _SIZES = ["x_units", "i_units", "piece_blocks", "table_stride", "h_stride", "tokens"]
+
+
+@triton.jit
+def _moments(x_rows, mt, size_i, out, BT: tl.constexpr, BI: tl.constexpr, EVEN: tl.constexpr):
+    """Mean and variance of x of each token to `out` [BT] and the element behind it: the squares around the mean, as
+    those of x less the mean's would cancel where it is large."""
+    mean = tl.zeros((BT,), tl.float32)
+    variance = tl.zeros((BT,), tl.float32)
+    for second in range(2):
+        total = tl.zeros((BT, BI), tl.float32)
+        for i0 in range(0, size_i, BI):
+            i = i0 + tl.arange(0, BI)
+            if EVEN:
+                v = tl.load(x_rows + i[None, :], mask=mt[:, None], other=0.0).to(tl.float32)
+                off = v - mean[:, None]
+            else:
+                mi = i < size_i
+                v = tl.load(x_rows + i[None, :], mask=mt[:, None] & mi[None, :], other=0.0).to(tl.float32)
+                off = tl.where(mi[None, :], v - mean[:, None], 0.0)
+            total += tl.where(second != 0, off * off, v)
+        if second != 0:
+            variance = tl.sum(total, 1) / size_i
+        else:
+            mean = tl.sum(total, 1) / size_i
+    tl.store(out, mean, mask=mt)
+    tl.store(out + 1, variance, mask=mt)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -84,6 +116,8 @@ def shrink_kernel(
             acc = tl.dot(v, w, acc, input_precision="ieee")
         out = h + (split * tokens + t[:, None]) * h_stride + r[None, :]
         tl.store(out, acc, mask=mt[:, None] & mr[None, :])
+    if (tl.program_id(1) == 0) & (split == 0) & (tl.load(row + MOMENTS_AT) != 0):
+        _moments(x_rows, mt, size_i, h + t * h_stride + rows, BT, BI, EVEN)
 
 
 def arguments(site: Site, x: Tensor, h: Tensor) -> tuple[tuple[int, int, int], dict[str, Any]]:

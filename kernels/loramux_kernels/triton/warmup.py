@@ -22,13 +22,13 @@ def warmup(sites: Sequence[Site], plan: Plan) -> None:
         for tokens in (1, 17, 65, 257, 769):
             if tokens > plan.max_tokens:
                 break
-            rows = h_shape(tokens, site.rows, device)[0]
+            rows = h_shape(tokens, site.width, device)[0]
             key = (site.spec.d_in, site.spec.d_outs, config(site, tokens, rows))
             if key in done:
                 continue
             done.add(key)
             x = torch.empty(tokens, site.spec.d_in, dtype=site.dtype, device=device)
             y = torch.empty(tokens, sum(site.spec.d_outs), dtype=site.dtype, device=device)
-            h = torch.empty(rows, site.rows, dtype=torch.float32, device=device)
+            h = torch.empty(rows, site.width, dtype=torch.float32, device=device)
             shrink(site, x, h)
             expand(site, y, h)

@@ -20,7 +20,7 @@ GATES = (
         "q": TokenGate(4, "top_k", k=2, capacity=9),
         "k": TokenGate(7, "threshold", threshold=0.15, one=True, capacity=30, groups=(0b0011011, 0b1111111)),
     },
-    {"k": TokenGate(16, "top_k", k=5, capacity=40)},
+    {"k": TokenGate(16, "top_k", k=5, capacity=40, layer_norm_eps=1e-5)},
     {"q": TokenGate(3, "adaptive", threshold=0.3), "k": TokenGate(1, capacity=17)},
     {},
 )

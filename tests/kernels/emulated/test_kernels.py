@@ -54,13 +54,14 @@ MIXED: tuple[dict[str, TokenGate], ...] = (
     {"k": TokenGate(16, "top_k", k=3, temperature=0.5)},
     {
         "q": TokenGate(8, "top_k", k=2),
+        "k": TokenGate(4, "top_k", k=2, eps=1e-6, layer_norm_eps=1e-5),
         "v": TokenGate(6, "threshold", threshold=0.22),
         "o": TokenGate(3, "threshold", threshold=1.5),
     },
     {
         "q": TokenGate(5, "top_k", k=3, absolute=True, one=True),
         "k": TokenGate(7, eps=1e-3, groups=(0b1000001, 0b0111110, 0b1111111)),
-        "o": TokenGate(15, "adaptive", threshold=0.07, bias=0.5),
+        "o": TokenGate(15, "adaptive", threshold=0.07, bias=0.5, layer_norm_eps=1e-5),
     },
 )
 DTYPES = (torch.bfloat16, torch.float16)
@@ -106,7 +107,7 @@ def apply(pool: AdapterPool, index: int, x: Tensor, y: Tensor) -> Tensor:
     given, out = (guarded.empty((tokens, t.shape[1] + BESIDE), t.dtype)[:, : t.shape[1]] for t in (x, y))
     given.copy_(x)
     out.copy_(y)
-    h = guarded.empty((tokens + PLANE_ROWS, site.rows), torch.float32)
+    h = guarded.empty((tokens + PLANE_ROWS, site.width), torch.float32)
     for left in (room(site).handoff, room(site).left):
         left.fill_(255)
     site.backend.shrink(site, given, h)
@@ -125,12 +126,13 @@ def inputs(
     lengths: Ints,
     dtype: torch.dtype,
     generator: torch.Generator,
+    *,
+    mean: float = 0,
 ) -> tuple[Tensor, Tensor]:
-    """x without selections that hang on a rounding, and y, with padding."""
+    """x of that mean without selections that hang on a rounding, and y, with padding."""
     rows = int(lengths.sum()) + PADDING
-    x = clear_inputs(
-        spec, adapters, which, lengths, lambda: torch.randn(rows, spec.d_in, generator=generator).to(dtype)
-    )
+    draw = lambda: (mean + torch.randn(rows, spec.d_in, generator=generator)).to(dtype)  # noqa: E731
+    x = clear_inputs(spec, adapters, which, lengths, draw)
     return x, torch.randn(rows, sum(spec.d_outs), generator=generator).to(dtype)
 
 
@@ -235,6 +237,37 @@ def test_as_many_slices_rank_rows_and_experts_as_there_can_be(tokens: int) -> No
     pool.set_batch(np.array([load(pool, adapter)], np.int32), lengths)
     x, y = inputs(spec, [adapter], which, lengths, torch.bfloat16, generator)
     assert worst(apply(pool, 0, x, y), exact(spec, [adapter], which, lengths, x, y)) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [DECODE, PREFILL])
+def test_routers_that_read_layer_norm_where_the_mean_is_large(
+    tokens: int, dtype: torch.dtype, emulator: Emulator
+) -> None:
+    """In any number of blocks: who takes the mean and the variance of a token depends on it, what they are does not."""
+    generator, rng = torch.Generator().manual_seed(tokens), np.random.default_rng(tokens)
+    gates = (
+        {"q": TokenGate(8, "top_k", k=2, layer_norm_eps=1e-5), "v": TokenGate(3, layer_norm_eps=0.3)},
+        {"o": TokenGate(16, "top_k", k=3, layer_norm_eps=1e-5)},
+    )
+    adapters = [
+        adapter_of(SPECS, ranks, rules, "", "", dtype, generator)
+        for ranks, rules in zip((RANKS[3], RANKS[1]), gates, strict=True)
+    ]
+    pool = make(dtype=dtype)
+    slots = np.array([*(load(pool, a) for a in adapters), -1], np.int32)
+    which, lengths = ragged_batch("uniform", rng=rng, requests=9, adapters=2, tokens=tokens)
+    pool.set_batch(slots[which], lengths)
+    base = torch.from_numpy(np.r_[np.repeat(which, lengths), [-1] * PADDING] < 0)
+    for index, spec in enumerate(SPECS):
+        x, y = inputs(spec, adapters, which, lengths, dtype, generator, mean=20.0)
+        got = apply(pool, index, x, y)
+        assert worst(got, exact(spec, adapters, which, lengths, x, y)) <= 1
+        assert same_bits(got[base], y[base])
+        for blocks in (1, 3) if tokens == DECODE else (8, 24):
+            emulator.blocks = blocks
+            assert same_bits(apply(pool, index, x, y), got)
+        emulator.blocks = None
 
 
 @pytest.mark.parametrize("experts", range(1, MAX_EXPERTS + 1))

@@ -11,7 +11,7 @@ from loramux_kernels import AdapterPool, SiteSpec, TokenGate, expand, shrink
 from loramux_kernels.testing import Weights, exact_gates, load, mixed, random_adapter
 
 SPECS = (SiteSpec("qk", ("q", "k"), 32, (16, 24)), SiteSpec("o", ("o",), 48, (32,)))
-GATES = {"q": TokenGate(4, "top_k", k=2), "o": TokenGate(3, "adaptive", threshold=0.5)}
+GATES = {"q": TokenGate(4, "top_k", k=2), "o": TokenGate(3, "adaptive", threshold=0.5, layer_norm_eps=1e-5)}
 MIXTURE_ID, PLAIN_ID = 11, 12
 
 
@@ -55,13 +55,20 @@ class Worker:
         self.monitor.after()
         return inputs
 
+    @staticmethod
+    def read(module: str, x: torch.Tensor) -> torch.Tensor:
+        """What the module's router reads, x or its LayerNorm."""
+        eps = GATES[module].layer_norm_eps
+        return x if eps is None else torch.nn.functional.layer_norm(x, x.shape[1:], eps=eps)
+
     def gates(self, inputs: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
         """g_TE of each router for those tokens, in float64."""
         found = {}
         for module, site in (("q", "qk"), ("o", "o")):
             router = self.mixture[module].router
             assert router is not None
-            found[module] = exact_gates(GATES[module], inputs[site][rows].double() @ router.double().T).g
+            x = self.read(module, inputs[site][rows].double())
+            found[module] = exact_gates(GATES[module], x @ router.double().T).g
         return found
 
 
@@ -97,7 +104,8 @@ def test_entropy_is_that_of_the_softmax(worker: Worker) -> None:
         router = worker.mixture[module].router
         assert router is not None
         # The threshold's own logit is no expert's.
-        p = torch.softmax(inputs[site].double() @ router[: GATES[module].experts].double().T, 1)
+        x = worker.read(module, inputs[site].double())
+        p = torch.softmax(x @ router[: GATES[module].experts].double().T, 1)
         expected += float(-(p * p.log()).sum())
     assert worker.monitor.take_sums()[MIXTURE_ID]["entropy"] == pytest.approx(expected, rel=1e-5)
 

@@ -16,8 +16,8 @@ constexpr int MAX_BLOCKS = 16;   // of 16 rank rows of one slice
 
 // Columns of a site's table row (sites.py): the head, then one part per slice.
 constexpr int HEAD = LORAMUX_TABLE_HEAD, PART = LORAMUX_TABLE_PART;
-enum Head { A_OFFSET, SCALE_OFFSET, EXPERT_OFFSET, ROWS, COUNTED };
-enum Part { FIRST_ROW, RANK, B_OFFSET, EXPERTS, LOGITS, RULE, MAG = RULE + LORAMUX_GATE_FIELDS, BIAS, COUNTS };
+enum Head { A_OFFSET, SCALE_OFFSET, EXPERT_OFFSET, ROWS, COUNTED, MOMENTS };
+enum Part { FIRST_ROW, RANK, B_OFFSET, EXPERTS, LOGITS, RULE, MAG = RULE + LORAMUX_GATE_FIELDS, BIAS, COUNTS, SUMS };
 
 // A tile of the plan (plan.py): tokens of one slot, `start` into the step's token ids.
 struct Tile {

@@ -40,7 +40,7 @@ struct Shared {
 struct Run {
   Tile tile;
   Slice slice;
-  int blocks, width, column, first, columns;
+  int blocks, width, column, first, columns, rows;  // … and of A
 
   __device__ __forceinline__ Outputs outputs() const { return {slice.part[MAG], slice.part[BIAS]}; }
 };
@@ -54,8 +54,13 @@ __device__ __forceinline__ void prepare(const ExpandArgs& args, const Run& run, 
   u32 taken = ALL;
   if (s.experts > 0) {
     const float* logits = args.h + static_cast<int>(s.part[LOGITS]);
-    const auto logit = [&](int id, int e) { return logits[id * args.h_stride + e]; };
+    const float *moments = args.h + run.rows, *sums = args.floats + s.part[SUMS] - 1;
     const Rule rule(s.part + RULE, s.experts);
+    const auto logit = [&](int id, int e) {
+      const i64 at = id * args.h_stride;
+      return rule.flags & LAYER_NORM ? normalised(rule, logits[at + e], __ldg(sums + e), moments[at], moments[at + 1])
+                                     : logits[at + e];
+    };
     if (rule.flags & LIMITED)
       limit<TOKENS, THREADS>(rule, logit, args.places, args.counts + s.part[COUNTS] - 1, ids, run.tile.count, shared.room,
                              run.first == 0);
@@ -190,7 +195,8 @@ __device__ __forceinline__ void expand(const ExpandArgs& args) {
                       width,
                       column,
                       COLUMNS * begin,
-                      min(in_slice - begin, left)};
+                      min(in_slice - begin, left),
+                      static_cast<int>(row[ROWS])};
         float* kept = args.trace + static_cast<i64>(args.first_gate + j) * args.traced * MAX_EXPERTS;
         if (run.blocks > 0 || run.outputs().any()) {
           run_blocks<T>(args, run, shared, tracing && run.first == 0 ? kept : nullptr);

@@ -5,7 +5,9 @@
 
 namespace loramux {
 
-enum GateFlags { ABSOLUTE = 1, RENORMALISE = 2, ONE = 4, GROUPED = 8, ADAPTIVE = 16, LIMITED = 32 };  // gates.py
+enum GateFlags {
+  ABSOLUTE = 1, RENORMALISE = 2, ONE = 4, GROUPED = 8, ADAPTIVE = 16, LIMITED = 32, LAYER_NORM = 64  // gates.py
+};
 
 // Where a step's router logits are kept when somebody asks (trace.py), or null.
 struct TraceRows {
@@ -35,6 +37,11 @@ struct Rule {
 
   static __device__ __forceinline__ float real(i64 bits) { return __int_as_float(static_cast<int>(bits)); }
 };
+
+// A logit of LayerNorm(x) from that of x, its router row's sum, and mean and variance of x.
+__device__ __forceinline__ float normalised(const Rule& rule, float logit, float sum, float mean, float variance) {
+  return __fdiv_rn(logit - mean * sum, sqrtf(variance + Rule::real(rule.packed[7])));
+}
 
 // This lane's experts for one token: which are selected, and their weights before these are divided.
 struct Choice {

@@ -81,6 +81,15 @@ __device__ __forceinline__ float sum_planes(const ShrinkArgs& args, int id, int 
   return sum;
 }
 
+// The e-th logit of a slice's token.
+__device__ __forceinline__ float read_logit(const ShrinkArgs& args, const Shared& shared, const Slice& s,
+                                            const Rule& rule, int id, int e) {
+  const float logit = sum_planes(args, id, static_cast<int>(s.part[LOGITS]) + e);
+  if (!(rule.flags & LAYER_NORM)) return logit;
+  const float* moments = args.h + id * args.h_stride + shared.row[ROWS];
+  return normalised(rule, logit, __ldg(args.floats + s.part[SUMS] - 1 + e), __ldcg(moments), __ldcg(moments + 1));
+}
+
 // Bits of the rank rows that some token takes, per block of 16, for the slices that have a gate.
 __device__ __forceinline__ void mark_rows(const ShrinkArgs& args, Shared& shared) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -102,8 +111,7 @@ __device__ __forceinline__ void limit_slices(const ShrinkArgs& args, Shared& sha
     const Slice s(shared.row, j, args.floats, args.ints);
     const Rule rule(s.part + RULE, s.experts);
     if (!(rule.flags & LIMITED)) continue;
-    const int first = static_cast<int>(s.part[LOGITS]);
-    const auto logit = [&](int id, int e) { return sum_planes(args, id, first + e); };
+    const auto logit = [&](int id, int e) { return read_logit(args, shared, s, rule, id, e); };
     int* counts = args.counts + s.part[COUNTS] - 1;
     limit<MMA_ROWS, THREADS>(rule, logit, args.places, counts, ids, count, shared.room[j], true);
   }
@@ -126,11 +134,10 @@ __device__ __forceinline__ void hand_over(const ShrinkArgs& args, const Tile& ti
       const Slice s(shared.row, j, args.floats, args.ints);
       if (s.experts == 0) continue;
       float* kept = args.trace + static_cast<i64>(args.first_gate + j) * args.traced * MAX_EXPERTS;
-      const int first = static_cast<int>(s.part[LOGITS]);
+      const Rule rule(s.part + RULE, s.experts);
       const u32 taken = gate<MMA_ROWS, TEAM>(
-          Rule(s.part + RULE, s.experts), [&](int id, int e) { return sum_planes(args, id, first + e); }, ids,
-          tile.count, threadIdx.x % TEAM, shared.gates[j], shared.room[j].full,
-          TraceRows{tracing ? kept : nullptr, args.traced});
+          rule, [&](int id, int e) { return read_logit(args, shared, s, rule, id, e); }, ids, tile.count,
+          threadIdx.x % TEAM, shared.gates[j], shared.room[j].full, TraceRows{tracing ? kept : nullptr, args.traced});
       if (lane == 0) atomicOr(&shared.taken[j], taken);
     }
     __syncthreads();
@@ -229,6 +236,10 @@ __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
       else
         sums<T, 2, 4>(in, mine, rows - first, begin, end, shared.partial[warp]);
       prefetch(args, shared.row, unit, units, tiles);
+      // A router reads LayerNorm(x): the units share the tokens, a warp each.
+      if (shared.row[MOMENTS] != 0)
+        for (int token = unit * WARPS + warp; token < tile.count; token += units * WARPS)
+          moments<T>(in, token, args.h + __ldg(in.ids + token) * args.h_stride + rows);
       __syncthreads();
       const int token = threadIdx.x / MMA_ROWS, r = threadIdx.x % MMA_ROWS;
       if (token < tile.count && first + r < rows) {

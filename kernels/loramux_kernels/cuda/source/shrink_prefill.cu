@@ -23,6 +23,21 @@ struct ShrinkArgs {
   int d_in, groups;
 };
 
+// Mean and variance of x for the routers that read LayerNorm(x), behind the sums of the tiles that this cluster had: its
+// warps take a token each. Afterwards, in a loop of its own, so that the products have the registers for themselves.
+template <typename T>
+__device__ __forceinline__ void moments_of_tiles(const ShrinkArgs& args, int tiles, int lanes, int clusters, int part) {
+  for (int item = blockIdx.x / CLUSTER; item < tiles * lanes; item += clusters) {
+    if (item % lanes != 0) continue;
+    const Tile tile = read_tile(args.tiles, item / lanes);
+    const i64* row = args.table + tile.slot * args.table_stride;
+    if (row[MOMENTS] == 0) continue;
+    const Inputs in{args.x, args.x_stride, args.token_ids + tile.start, tile.count, args.d_in};
+    for (int token = part * WARPS + threadIdx.x / WARP; token < tile.count; token += CLUSTER * WARPS)
+      moments<T>(in, token, args.h + __ldg(in.ids + token) * args.h_stride + static_cast<int>(row[ROWS]));
+  }
+}
+
 template <typename T>
 __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
   __shared__ float partial[WARPS][TOKENS][PITCH];
@@ -32,10 +47,12 @@ __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
   if (tiles <= 0) return;
   // With few tiles several clusters share one and take every `lanes`th group of its rows.
   const int lanes = max(min(clusters / tiles, args.groups), 1);
+  bool normed = false;  // whether a router of these tiles reads LayerNorm(x)
   for (int item = blockIdx.x / CLUSTER; item < tiles * lanes; item += clusters) {
     const Tile tile = read_tile(args.tiles, item / lanes);
     const i64* row = args.table + tile.slot * args.table_stride;
     const int all_rows = static_cast<int>(row[ROWS]);
+    normed |= row[MOMENTS] != 0;
     const element* a = args.weights + row[A_OFFSET];
     const Inputs in{args.x, args.x_stride, args.token_ids + tile.start, tile.count, args.d_in};
     for (int first = item % lanes * GROUP_ROWS; first < all_rows; first += lanes * GROUP_ROWS) {
@@ -63,6 +80,7 @@ __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
       cluster_barrier();  // nobody overwrites or leaves what others still read
     }
   }
+  if (normed) moments_of_tiles<T>(args, tiles, lanes, clusters, part);
 }
 
 }  // namespace loramux

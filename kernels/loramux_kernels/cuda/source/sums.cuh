@@ -15,6 +15,32 @@ struct Inputs {
   int count, d_in;
 };
 
+// Mean and variance of x of the tile's `token` to `out` and the element behind it, by one warp. The squares are those
+// around the mean: less the mean's, those of x would cancel where it is large.
+template <typename T>
+__device__ __forceinline__ void moments(const Inputs& in, int token, float* out) {
+  const int lane = threadIdx.x % WARP;
+  const element* x = in.x + __ldg(in.ids + token) * in.stride;
+  float mean = 0, variance = 0;
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    float total = 0;
+#pragma unroll 1
+    for (int i = 8 * lane; i < in.d_in; i += 8 * WARP) {
+      const Vector v = load(x + i, true);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const float low = T::low(v.words[q]) - mean, high = T::high(v.words[q]) - mean;
+        total += pass == 0 ? low + high : low * low + high * high;
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) total += __shfl_xor_sync(ALL, total, step);
+    (pass == 0 ? mean : variance) = total / in.d_in;
+  }
+  if (lane == 0) out[0] = mean, out[1] = variance;
+}
+
 // This warp's sums of 16 rows of A from `a` on (`rows` of them exist) with TILES groups of eight tokens, over chunks
 // [begin, end), into out[token][row]. DEPTH: chunks whose loads are in flight together.
 template <typename T, int TILES, int DEPTH>
