@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.functional import layer_norm
 
 from loramux_adapters.gate import Gate
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
@@ -55,7 +56,10 @@ class AppliedSite:
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         assert self._router is not None
-        return x.float() @ self._router.T
+        x = x.float()
+        if self._rule is not None and (eps := self._rule.layer_norm_eps) is not None:
+            x = layer_norm(x, x.shape[1:], eps=eps)
+        return x @ self._router.T
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from loramux_adapters.token_gates import used_weights
 from loramux_kernels import MAX_EXPERTS
 
 _NORMS = (Norm.SOFTMAX, Norm.RENORM)
-_REASONS = {PreMap.LAYER_NORM: "layer_norm needs the mean and variance of x for every token, which are not computed"}
 
 
 def unserved(adapter: LoweredAdapter) -> list[str]:
@@ -55,13 +54,13 @@ def _gate_obstacles(gate: Gate) -> Iterator[tuple[str, str]]:
     for field, served in (
         ("kind", (GateKind.TOKEN,)),
         ("source", (GateSource.SITE_INPUT,)),
-        ("pre", (PreMap.NONE,)),
+        ("pre", (PreMap.NONE, PreMap.LAYER_NORM)),
         ("post", (PostMap.NONE, PostMap.ABS)),
         ("norm", _NORMS),
         ("value", (GateValue.PROBABILITY, GateValue.ONE)),
     ):
         if (value := getattr(gate, field)) not in served:
-            yield field, _REASONS.get(value, f"{value} is not run yet")
+            yield field, f"{value} is not run yet"
     for field, present in (
         ("bias", gate.bias is not None),
         ("hidden", bool(gate.hidden)),

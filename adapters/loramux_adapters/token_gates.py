@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loramux_adapters.gate import Gate, GateValue, Norm, PostMap
+from loramux_adapters.gate import Gate, GateValue, Norm, PostMap, PreMap
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_kernels import TokenGate
 
@@ -54,14 +54,22 @@ def token_gate(gate: Gate, site: LoweredSite) -> TokenGate:
         if gate.expert_map is not None
         else (),
         capacity=gate.capacity.tokens if gate.capacity is not None else 0,
+        layer_norm_eps=gate.pre_eps if gate.pre is PreMap.LAYER_NORM else None,
     )
 
 
 def router_rows(gate: Gate) -> torch.Tensor:
-    """[E, d_src], or [E + 1, d_src] with the row that gives an adaptive threshold: a row for each of its logits."""
-    if gate.adaptive_weight is None:
-        return gate.weights
-    return torch.cat([gate.weights, gate.adaptive_weight[None]])
+    """[E, d_src], or [E + 1, d_src] with the row that gives an adaptive threshold: a row for each of its logits.
+
+    Those of LayerNorm(x) are less their mean, which counts for nothing there: what is left loses less in rounding.
+    """
+    rows = gate.weights
+    if gate.adaptive_weight is not None:
+        rows = torch.cat([rows, gate.adaptive_weight[None]])
+    if gate.pre is PreMap.LAYER_NORM:
+        rows = rows.double()
+        rows = rows - rows.mean(1, keepdim=True)
+    return rows
 
 
 def row_owners(gate: Gate, site: LoweredSite) -> torch.Tensor:

@@ -156,7 +156,6 @@ def task_bomb(folder: Path) -> None:
 
 # PHATGOOSE
 
-attack(UNSUPPORTED, "phatgoose: sound, but not served")(_changed("phatgoose"))
 attack(UNSUPPORTED, "phatgoose: foreign alpha")(_changed("phatgoose", lora_alpha=16))
 attack("adapter_not_finite", "phatgoose: infinite gate vector")(
     _changed("phatgoose", tensors={f"{GOOSE}.router.expert_embeddings__1": torch.full((WIDTH,), float("inf"))})

@@ -7,7 +7,7 @@ float32 uses the Triton attention backend, the only one there that computes floa
 
 The reference is the Hugging Face model with a forward hook per adapted linear, written from the formulas:
 y += s · B (A x); DoRA y ← m / ‖W0 + s B A‖_row ⊙ (y + s · B (A x)); mixtures y += Σ_e g_e s · B_e (A_e x) with
-g = softmax(W x), or its two largest, renormalised.
+g = softmax(W x), or softmax(W LayerNorm(x)), or the two largest, renormalised.
 float32: greedy tokens equal, |Δ logprob| < 1e-3. bfloat16: the same tokens are scored by a float32 reference;
 adapted rows may deviate from it no more than twice as far as the base rows of the same batch do, whose deviation is
 bfloat16's own.
@@ -56,8 +56,10 @@ ADAPTERS: dict[str, tuple[int, tuple[str, ...]]] = {
     "r1_v": (1, ("v_proj",)),
 }
 DORA = {"r8_dora": (8, ALL)}
-# Experts per token; all of them: a gate without a step, where rounding decides no route.
-MIXTURES = {"mixture": 2, "soft_mixture": 4}
+# Experts per token, and whether the router reads LayerNorm(x). All experts: a gate without a step, where rounding
+# decides no route.
+MIXTURES = {"mixture": (2, False), "soft_mixture": (4, False), "normed_mixture": (4, True)}
+LAYER_NORM_EPS = 1e-5
 EXPERT_RANKS = (8, 4, 12, 16)
 Hook = Callable[[Any, Any, torch.Tensor], torch.Tensor]
 
@@ -94,10 +96,10 @@ def write_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def write_mixture(path: Path, linears: dict[str, Any], top_k: int, seed: int) -> dict[str, torch.Tensor]:
+def write_mixture(path: Path, linears: dict[str, Any], top_k: int, normed: bool, seed: int) -> dict[str, torch.Tensor]:
     """A native file of experts with unequal ranks; returns its experts' tensors for the reference."""
     from loramux_adapters import LoweredAdapter, LoweredSite
-    from loramux_adapters.gate import Gate, Select
+    from loramux_adapters.gate import Gate, PreMap, Select
     from loramux_adapters.native import write_native
 
     generator = torch.Generator().manual_seed(seed)
@@ -110,7 +112,8 @@ def write_mixture(path: Path, linears: dict[str, Any], top_k: int, seed: int) ->
         b = torch.randn(sum(EXPERT_RANKS), linear.out_features, generator=generator) * 0.03
         router = torch.randn(len(EXPERT_RANKS), linear.in_features, generator=generator) * 0.2
         tensors |= {f"{name}.A": a, f"{name}.B": b, f"{name}.router": router}
-        gates[name] = Gate(router, select=Select.TOP_K, k=top_k)
+        pre = PreMap.LAYER_NORM if normed else PreMap.NONE
+        gates[name] = Gate(router, pre=pre, pre_eps=LAYER_NORM_EPS, select=Select.TOP_K, k=top_k)
         expert = torch.repeat_interleave(torch.arange(len(ranks), dtype=torch.int32), ranks)
         sites[name] = LoweredSite(a, b, torch.full((len(a),), 2.0), gate=name, expert=expert)
     write_native(path, LoweredAdapter("mixture", sites, gates=gates), "model")
@@ -126,12 +129,13 @@ def dora_hook(a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor, weight:
     return lambda _, inputs, y: magnitude / lengths * (y + 2.0 * (inputs[0] @ a.T) @ b.T)
 
 
-def mixture_hook(a: torch.Tensor, b: torch.Tensor, router: torch.Tensor, top_k: int) -> Hook:
+def mixture_hook(a: torch.Tensor, b: torch.Tensor, router: torch.Tensor, top_k: int, normed: bool) -> Hook:
     """Expert by expert."""
 
     def hook(_: Any, inputs: Any, y: torch.Tensor) -> torch.Tensor:
         x = inputs[0]
-        p = torch.softmax(x @ router.T, -1)
+        read = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS) if normed else x
+        p = torch.softmax(read @ router.T, -1)
         chosen = torch.zeros_like(p).scatter(-1, p.topk(top_k, -1).indices, 1.0)
         gates = p * chosen / (p * chosen).sum(-1, keepdim=True)
         first = 0
@@ -165,7 +169,7 @@ class Reference:
             key = f"base_model.model.{name}"
             if mixture and f"{name}.A" in weights:
                 parts = (weights[f"{name}.{part}"] for part in ("A", "B", "router"))
-                made[name] = mixture_hook(*parts, MIXTURES[adapter.stem])
+                made[name] = mixture_hook(*parts, *MIXTURES[adapter.stem])
             elif f"{key}.lora_A.weight" in weights:
                 a, b = weights[f"{key}.lora_A.weight"], weights[f"{key}.lora_B.weight"]
                 magnitude = weights.get(f"{key}.lora_magnitude_vector")
@@ -256,10 +260,10 @@ def main(dtype_name: str) -> int:
     for seed, (name, (rank, targets)) in enumerate((ADAPTERS | DORA).items()):
         write_adapter(folder / name, rank, targets, reference.linears, seed, dora=name in DORA)
     sources = {name: folder / name for name in ADAPTERS | DORA}
-    for seed, (name, top_k) in enumerate(MIXTURES.items(), start=99):
+    for seed, (name, (top_k, normed)) in enumerate(MIXTURES.items(), start=99):
         if dtype is torch.float32 or top_k == len(EXPERT_RANKS):  # in bfloat16 rounding would decide the others' routes
             sources[name] = folder / f"{name}.safetensors"
-            reference.mixtures[name] = write_mixture(sources[name], reference.linears, top_k, seed)
+            reference.mixtures[name] = write_mixture(sources[name], reference.linears, top_k, normed, seed)
 
     import vllm
     from vllm import LLM, SamplingParams

@@ -5,13 +5,12 @@
 
 LN without affine part, its eps 1e-5. `layer1__e` [d_in, r] is A_eᵀ, `layer2__e` [r, d_out] is B_eᵀ,
 `expert_embeddings__e` [d_in] is v_e. Lowered with w_e = LN(v_e)/√d_in, made in float64 and stored in float32, for the
-router. The data plane does not run a router that reads LN(x). It would need the mean μ and variance σ² of x over its
-inputs, for every token of such an adapter, and the sum of each router row as it is stored:
+router. With mean μ_t and variance σ²_t of x_t over its inputs
 
     l_e = (w_e · x_t − μ_t Σ_i w_ei) / √(σ²_t + 1e-5)
 
-w_e · x is a row of the shrink as in other mixtures. Σ_i w_ei is 0 but for the rounding of w to the dtype that is
-served, which counts where |μ| is large.
+so that w_e · x_t is one more row of the shrink, as in other mixtures. Σ_i w_ei is 0 but for the rounding of w to the
+dtype that is served, which counts where |μ| is large: the data plane sums the rows up as it stores them.
 
 Names are those of the authors' code (r-three/phatgoose, read at 1d23ac4): `<module>._addons.expert_lora.layer1__{e}`,
 `<module>._addons.router.expert_embeddings__{e}`. Its files are pickles without a config (its settings are in gin
@@ -90,10 +89,7 @@ class Phatgoose:
                 keys=r".+\.(layer[12]|expert_embeddings)__\d+",
             ),
         ),
-        serve=False,
         router="token",
-        why="its routers read the LayerNorm of their input: mean and variance of x per token, which the data plane "
-        "does not compute",
     )
 
     def detect(self, folder: AdapterFolder) -> bool:

@@ -163,7 +163,7 @@ SAMPLES = (
         spare=_TWICE,
     ),
     _sample(
-        "phatgoose", "PHATGOOSE (r-three/phatgoose)", phatgoose, served=False, rank="d_bottleneck", alpha=None,
+        "phatgoose", "PHATGOOSE (r-three/phatgoose)", phatgoose, rank="d_bottleneck", alpha=None,
         foreign={"lora_alpha": 16, "score_type": "cosine", "router_type": "hash", "topk_value": 99},
     ),
     _sample("chain", "XGBLoRA (loramux)", chain, rslora=True, foreign={"weights": [1]}),

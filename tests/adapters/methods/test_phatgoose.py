@@ -1,4 +1,4 @@
-"""PHATGOOSE's tensors equal its formula, are not served yet, and what cannot be applied is refused by name."""
+"""PHATGOOSE's tensors equal its formula, are served, and what cannot be applied is refused by name."""
 
 import pytest
 import torch
@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux_adapters import BaseModel, lower, unserved
+from loramux_adapters.applied import AppliedSite
+from loramux_adapters.token_gates import token_gates
 
 from ..checkpoints import BASE, write_adapter
 from ..layouts.phatgoose import RANK, delta, make_config, make_tensors
@@ -44,9 +46,22 @@ def test_any_shape(tmp_path_factory, rank, number, d_in, d_out, seed, data):
     assert_sites(adapter, delta, config, tensors, 10 * ROUNDED, seed)
 
 
-def test_only_the_layer_norm_keeps_it_from_being_served(tmp_path):
+def test_it_is_served_with_the_layer_norm_of_its_formula(tmp_path):
     adapter = lower(write_adapter(tmp_path, make_config(), make_tensors(make_config())), BASE)
-    assert {obstacle.split(": ")[0].rpartition(".")[2] for obstacle in unserved(adapter)} == {"pre"}
+    assert unserved(adapter) == []
+    assert {rule.layer_norm_eps for rule in token_gates(adapter).values()} == {1e-5}
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_measured_without_a_server_it_is_the_formula(tmp_path, mean):
+    """Where x is far from zero, too: the mean drops out."""
+    config = make_config()
+    tensors = make_tensors(config)
+    adapter = lower(write_adapter(tmp_path, config, tensors), BASE)
+    for module, site in adapter.sites.items():
+        x = mean + torch.randn(9, site.a.shape[1], generator=torch.Generator().manual_seed(1))
+        found = AppliedSite(site, adapter.gates[site.gate]).delta(x)
+        torch.testing.assert_close(found.double(), delta(config, tensors, module, x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
