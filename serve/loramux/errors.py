@@ -14,6 +14,7 @@
     ├── PreconditionFailed          412  precondition_failed       (If-Match, If-None-Match)
     ├── InvalidRequest              400  invalid_request
     ├── AdapterNotBayesian          400  adapter_not_bayesian      (it has no posterior to draw from)
+    ├── CalibrationNotFound         404  calibration_not_found
     ├── DrawsDoNotFit               400  uncertainty_no_room       (the draws asked for exceed adapter memory)
     ├── InvalidApiKey               401  invalid_api_key
     ├── AdminKeyRequired            403  admin_key_required
@@ -25,6 +26,7 @@
     ├── PoolExhausted               503  adapter_memory_full
     ├── AdapterLoading              503  adapter_loading           (waited its time; Retry-After)
     ├── UncertaintyTimeout          504  uncertainty_timeout       (a decision's draws were not read in time)
+    ├── ItemsNotScored              503  items_not_scored          (to calibrate with; Retry-After)
     └── StateNotWritten             500  state_not_written         (the change was not made)
 
 Each class knows its HTTP status, OpenAI `type`, stable string `code` and a hint that names the next command.
@@ -152,6 +154,14 @@ class AdapterNotBayesian(LoramuxError):
     code = "adapter_not_bayesian"
 
 
+class CalibrationNotFound(LoramuxError):
+    """No calibration has this id."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "calibration_not_found"
+
+
 class DrawsDoNotFit(LoramuxError):
     """The draws that a request asks for can never lie on the device together."""
 
@@ -257,6 +267,14 @@ class UncertaintyTimeout(LoramuxError):
 
     status = 504
     code = "uncertainty_timeout"
+
+
+class ItemsNotScored(LoramuxError):
+    """An item of a calibration got no whole score from the engine; nothing was calibrated."""
+
+    status = 503
+    code = "items_not_scored"
+    retry_after_s = 5
 
 
 class StateNotWritten(LoramuxError):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -321,13 +323,60 @@ def test_bad_requests_are_refused_with_a_hint_and_the_server_goes_on(
     assert ask(client, "doubt", {"samples": 2}, max_tokens=2).choices[0].uncertainty["epistemic"] is not None
 
 
-def test_the_readme(bayesian_server: Server) -> None:
+def of_readme(word: str, server: Server) -> list[str]:
+    """What the README's block with this word prints."""
     text = (Path(__file__).parents[2] / "serve" / "README.md").read_text()
-    (block,) = (b for b in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if "decide" in b)
+    (block,) = (b for b in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if word in b)
     written = io.StringIO()
     with contextlib.redirect_stdout(written):
-        exec(compile(block.replace("http://127.0.0.1:8000", bayesian_server.url), "README.md", "exec"), {})
-    answer, spam, ham = written.getvalue().splitlines()
+        exec(compile(block.replace("http://127.0.0.1:8000", server.url), "README.md", "exec"), {})
+    return written.getvalue().splitlines()
+
+
+def mails() -> list[dict[str, str]]:
+    """Forty of them; one of five has the wrong label, so that nobody is right about all."""
+    spam = ("Win a free {} now, click here", "Cheap {} without prescription, order today", "You won 5000 dollars: {}")
+    ham = ("The minutes of our meeting about the {}", "Can you send me the {} by Friday?", "Lunch and the {} tomorrow?")
+    things = ("cruise", "watch", "report", "tablets", "schedule", "laptop", "budget")
+    kinds = [("spam", spam[i % 3]) if i % 2 else ("ham", ham[i % 3]) for i in range(40)]
+    other = {"spam": "ham", "ham": "spam"}
+    return [
+        {"text": text.format(things[i % 7]), "label": label if i % 5 else other[label]}
+        for i, (label, text) in enumerate(kinds)
+    ]
+
+
+def test_a_calibration(
+    bayesian_server: Server, client: openai.OpenAI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mails.jsonl").write_text("\n".join(map(json.dumps, mails())))
+    monkeypatch.chdir(tmp_path)
+    card, told = of_readme("uncertainty/calibrate", bayesian_server)
+    assert re.fullmatch(r"(temperature|platt|isotonic) ECE \d\.\d\d -> 0\.[0-4]\d 40", card), card
+    (kept,) = bayesian_server.get("/v1/adapters/spam-bayes").json()["calibrations"]
+    assert told.split()[-1] == kept["id"] and ("spam" in told or "ham" in told)
+    plain = ask(client, "spam-bayes", {"mode": "decide", "labels": ["spam", "ham"], "samples": 3}).choices[0]
+    assert "calibration" not in plain.uncertainty
+
+    answers = [ask(client, "doubt", {"samples": 2}, max_tokens=4, seed=i, temperature=1.5) for i in range(3)]
+    texts = [choice.message.content or "x" for answer in answers for choice in answer.choices]
+    data = [
+        {"messages": QUESTION, "completion": text, "correct": (i + place) % 3 > 0}
+        for i in range(10)
+        for place, text in enumerate(texts)
+    ]
+    wish = {"model": "doubt", "uncertainty": {"samples": 2}, "data": data, "method": "platt"}
+    card = bayesian_server.post("/v1/uncertainty/calibrate", wish).json()
+    assert card["settings"] == {"mode": "score", "noise": "sequence", "samples": 2, "seed": 0}, card
+    told = ask(client, "doubt", {"samples": 2}).choices[0].uncertainty
+    assert told["calibration"]["id"] == card["id"] and 0 < told["confidence"] < 1
+    assert told["raw"]["confidence"] == pytest.approx(np.exp(-told["nll_ln"]))
+    httpx.delete(f"{bayesian_server.url}/v1/uncertainty/calibrations/{card['id']}").raise_for_status()
+    assert "calibration" not in ask(client, "doubt", {"samples": 2}).choices[0].uncertainty
+
+
+def test_the_readme(bayesian_server: Server) -> None:
+    answer, spam, ham = of_readme("deviation", bayesian_server)
     assert re.fullmatch(r"spam [01]\.\d\d \d\.\d{3} 0\.\d{4}", answer), answer
     assert float(spam.split()[1]) > 0.5 > float(ham.split()[1])
 

@@ -20,6 +20,7 @@ from loramux.engine.uncertainty import Uncertainty
 from loramux.http import Services, attach
 from loramux.metrics import AdapterMetrics, RoutingMetrics, RoutingWatch, UncertaintyMetrics, instrument
 from loramux.registry import AdapterRegistry, Compose, Given, Posteriors, Prepare, Store
+from loramux.uncertainty.calibration import Calibrations
 
 
 @dataclass
@@ -75,13 +76,15 @@ class LoramuxPlugin:
         reads = Reads(engine_client, await data_plane.score_rows(), by_priority=by_priority)
         max_model_len = engine_client.model_config.max_model_len
         observer = UncertaintyMetrics(metrics.labels)
-        Uncertainty(engine_client, registry, reads, observer, max_model_len=max_model_len)
+        calibrations = Calibrations(launch.store)
+        Uncertainty(engine_client, registry, reads, calibrations, observer, max_model_len=max_model_len)
         state.loramux = Services(
             registry=registry,
             base=launch.base,
             max_model_len=max_model_len,
             pool_stats=data_plane.stats,
             tokenizer=engine_client.renderer.tokenizer,
+            calibrations=calibrations,
         )
         await registry.start(launch.adapters)
         loop = asyncio.get_running_loop()

@@ -30,6 +30,7 @@ from loramux.metrics.instrument import Generate, leased
 from loramux.registry import AdapterRegistry, Version
 from loramux.uncertainty import ENTROPY_KEY, answers
 from loramux.uncertainty.ask import FIELD, Mode, resolve
+from loramux.uncertainty.calibration import Calibrations
 from loramux.uncertainty.exchange import Exchange, exchange
 
 logger = logging.getLogger(__name__)
@@ -48,12 +49,20 @@ class Uncertainty:
     """Replaces `generate` of one engine client, on the instance; outside of what takes leases there."""
 
     def __init__(
-        self, engine: Any, registry: AdapterRegistry, reads: Reads, observer: Observer, *, max_model_len: int
+        self,
+        engine: Any,
+        registry: AdapterRegistry,
+        reads: Reads,
+        calibrations: Calibrations,
+        observer: Observer,
+        *,
+        max_model_len: int,
     ) -> None:
         self._inner: Generate = engine.generate
         self._max_model_len = max_model_len
         self._registry = registry
         self._reads = reads
+        self._calibrations = calibrations
         self._observer = observer
         engine.generate = self.generate
 
@@ -76,7 +85,17 @@ class Uncertainty:
             asked.mode = resolve(
                 asked.ask, bayesian=mean is not None and mean.bayesian
             )  # it may be another than was looked up
-            answer = _Answer(self._inner, self._registry, self._reads, self._observer, asked, mean, prompt, params)
+            answer = _Answer(
+                self._inner,
+                self._registry,
+                self._reads,
+                self._calibrations,
+                self._observer,
+                asked,
+                mean,
+                prompt,
+                params,
+            )
             modes = {Mode.SCORE: answer.score, Mode.DECIDE: answer.decide, Mode.SAMPLE: answer.sample}
             carry_out = modes.get(asked.mode, answer.fast) if asked.text is None else answer.given
             longest = max((len(tokens) for tokens in (asked.given, *asked.labels)), default=0)
@@ -98,6 +117,7 @@ class _Answer:
         inner: Generate,
         registry: AdapterRegistry,
         reads: Reads,
+        calibrations: Calibrations,
         observer: Observer,
         asked: Exchange,
         mean: Version | None,
@@ -107,6 +127,7 @@ class _Answer:
         self._inner = inner
         self._registry = registry
         self._reads = reads
+        self._calibrations = calibrations
         self._observer = observer
         self._asked = asked
         self._mean = mean
@@ -252,10 +273,19 @@ class _Answer:
 
     def _told(self, index: int, value: dict[str, Any], started: float) -> None:
         seconds = time.monotonic() - started
+        value = self._calibrated(value)
         if (rule := self._asked.ask.abstain) is not None:
             value = value | rule.judged(value)
-        self._asked.choices[index] = value | {"latency_ms": round(seconds * 1000, 3)}
+        self._asked.choices[index] = answers.asked_for(self._asked, value) | {"latency_ms": round(seconds * 1000, 3)}
         self._observer.told(self._name, value, seconds)
+
+    def _calibrated(self, value: dict[str, Any]) -> dict[str, Any]:
+        """As what answers was calibrated for just these settings, if it was; a set that was asked for is null else."""
+        ask = self._asked.ask
+        found = None
+        if ask.calibrated and self._mean is not None:
+            found = self._calibrations.applied(self._mean, value, ask.labels, ask.alpha)
+        return ({} if ask.alpha is None else {"prediction_set": None}) | (found or value)
 
 
 def _tokens(prompt: Any) -> Sequence[int]:

@@ -115,7 +115,7 @@ class _Exchange:
         return {
             **_who(scope, state),
             "action": change.action,
-            "adapter": self._named.get("lora_name") if change.adapter is None else change.adapter,
+            "adapter": change.adapter or state.get("loramux_changed") or self._named.get("lora_name"),
             "status": self.status,
             "outcome": state.get("loramux_error") or ("ok" if self.status < 400 else "failed"),
         }

@@ -36,10 +36,15 @@ class PutAdapter(BaseModel):
 @router.get("/v1/adapters")
 async def list_adapters(request: Request) -> dict[str, Any]:
     """Every adapter the caller may use, and the memory they share."""
-    registry = request.app.state.loramux.registry
+    services = request.app.state.loramux
+    registry = services.registry
     return {
         "object": "list",
-        "data": [adapter_card(adapter) for name, adapter in registry.adapters().items() if visible(request, name)],
+        "data": [
+            adapter_card(adapter, services.calibrations)
+            for name, adapter in registry.adapters().items()
+            if visible(request, name)
+        ],
         "memory": {
             "capacity_bytes": registry.capacity_bytes,
             "used_bytes": registry.resident_bytes(),
@@ -52,7 +57,7 @@ async def list_adapters(request: Request) -> dict[str, Any]:
 @router.get("/v1/adapters/{name:path}", response_model=None)
 async def get_adapter(name: str, request: Request) -> JSONResponse:
     """One adapter; its version is also the ETag."""
-    return _answer(request.app.state.loramux.registry.adapter(name))
+    return _answer(request, request.app.state.loramux.registry.adapter(name))
 
 
 @router.put("/v1/adapters/{name:path}", response_model=None)
@@ -75,34 +80,35 @@ async def put_adapter(
     # Not awaited itself: a client that leaves does not stop it.
     await asyncio.wait({change}, timeout=max(0.0, until - loop.time()))
     if change.done():
-        return _answer(change.result())
-    return _answer(registry.adapter(name), status=202)
+        return _answer(request, change.result())
+    return _answer(request, registry.adapter(name), status=202)
 
 
 @router.delete("/v1/adapters/{name:path}", response_model=None)
 async def delete_adapter(name: str, request: Request) -> JSONResponse:
     """Withdraw the name now; the memory is freed when its last running request ends."""
     adapter = await request.app.state.loramux.registry.delete(name, condition=condition(request))
-    return JSONResponse(removed_card(adapter))
+    return JSONResponse(removed_card(adapter, request.app.state.loramux.calibrations))
 
 
 @router.post("/v1/adapters/{name:path}/rollback", response_model=None)
 async def roll_back_adapter(name: str, request: Request) -> JSONResponse:
     """Let the previous version serve again; it and the current one change places."""
-    return _answer(await request.app.state.loramux.registry.rollback(name, condition=condition(request)))
+    return _answer(request, await request.app.state.loramux.registry.rollback(name, condition=condition(request)))
 
 
 @router.post("/v1/adapters/{name:path}/pin", response_model=None)
 async def pin_adapter(name: str, request: Request) -> JSONResponse:
     """Load the adapter, and exempt it from eviction."""
-    return _answer(await request.app.state.loramux.registry.pin(name))
+    return _answer(request, await request.app.state.loramux.registry.pin(name))
 
 
 @router.post("/v1/adapters/{name:path}/unpin", response_model=None)
 async def unpin_adapter(name: str, request: Request) -> JSONResponse:
     """Let the adapter be evicted when others need its memory."""
-    return _answer(await request.app.state.loramux.registry.pin(name, pinned=False))
+    return _answer(request, await request.app.state.loramux.registry.pin(name, pinned=False))
 
 
-def _answer(adapter: Adapter, status: int = 200) -> JSONResponse:
-    return JSONResponse(adapter_card(adapter), status_code=status, headers=etag(adapter))
+def _answer(request: Request, adapter: Adapter, status: int = 200) -> JSONResponse:
+    card = adapter_card(adapter, request.app.state.loramux.calibrations)
+    return JSONResponse(card, status_code=status, headers=etag(adapter))

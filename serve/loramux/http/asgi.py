@@ -37,7 +37,8 @@ def headers(scope: Scope, name: bytes) -> list[str]:
 def request_state(scope: Scope) -> dict[str, Any]:
     """What `request.state` shows; the server makes a fresh one for every request.
 
-    Ours in it: `loramux_request_id`, `loramux_caller` and, once there is an error, its code `loramux_error`.
+    Ours in it: `loramux_request_id`, `loramux_caller`, `loramux_changed` (the adapter that a change is of, where the
+    path does not name it) and, once there is an error, its code `loramux_error`.
     """
     state: dict[str, Any] = scope.setdefault("state", {})
     return state

@@ -9,6 +9,7 @@ from fastapi import Request
 
 from loramux.errors import LoramuxError
 from loramux.registry import Adapter, State
+from loramux.uncertainty.calibration import Calibrations
 
 _STARTED = int(time.time())
 
@@ -19,7 +20,7 @@ def visible(request: Request, name: str) -> bool:
     return caller is None or bool(caller.allows(name))
 
 
-def adapter_card(adapter: Adapter) -> dict[str, Any]:
+def adapter_card(adapter: Adapter, calibrations: Calibrations) -> dict[str, Any]:
     """A card of `/v1/adapters`: what the name means now, and what all its versions hold."""
     current, previous = adapter.current, adapter.previous
     return {
@@ -31,6 +32,7 @@ def adapter_card(adapter: Adapter) -> dict[str, Any]:
         "pending": adapter.pending.state.value if adapter.pending else None,
         "pinned": adapter.pinned,
         **_content(adapter),
+        "calibrations": calibrations.cards(adapter),
         "resident_bytes": sum(version.resident_bytes for version in adapter.versions()),
         "leases": sum(version.leases for version in adapter.versions()),
         "load_seconds": {stage: round(seconds, 6) for stage, seconds in current.load_seconds.items()},
@@ -39,10 +41,13 @@ def adapter_card(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def removed_card(adapter: Adapter) -> dict[str, Any]:
+def removed_card(adapter: Adapter, calibrations: Calibrations) -> dict[str, Any]:
     """The card of an adapter that was just deleted: draining until its last request ends."""
     draining = any(version.leases for version in adapter.versions())
-    return adapter_card(adapter) | {"state": (State.DRAINING if draining else State.GONE).value, "pending": None}
+    return adapter_card(adapter, calibrations) | {
+        "state": (State.DRAINING if draining else State.GONE).value,
+        "pending": None,
+    }
 
 
 def base_card(base: str, max_model_len: int) -> dict[str, Any]:
@@ -58,13 +63,14 @@ def base_card(base: str, max_model_len: int) -> dict[str, Any]:
     }
 
 
-def model_card(adapter: Adapter, base: str, max_model_len: int) -> dict[str, Any]:
+def model_card(adapter: Adapter, calibrations: Calibrations, base: str, max_model_len: int) -> dict[str, Any]:
     """An adapter in `/v1/models`: vLLM's fields (`root`, `parent`), where `root` is the version, and ours."""
     current = adapter.current
     ours: dict[str, Any] = {
         "state": current.state.value,
         "version": current.digest,
         **_content(adapter),
+        "calibrations": [calibration.short() for calibration in calibrations.of(current)],
         "resident_bytes": sum(version.resident_bytes for version in adapter.versions()),
     }
     if (error := adapter.error or current.error) is not None:

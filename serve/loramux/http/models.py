@@ -17,7 +17,7 @@ async def list_models(request: Request) -> dict[str, Any]:
     services = request.app.state.loramux
     cards = [base_card(services.base, services.max_model_len)]
     cards += [
-        model_card(adapter, services.base, services.max_model_len)
+        model_card(adapter, services.calibrations, services.base, services.max_model_len)
         for name, adapter in services.registry.adapters().items()
         if visible(request, name)
     ]
@@ -30,4 +30,5 @@ async def retrieve_model(name: str, request: Request) -> dict[str, Any]:
     services = request.app.state.loramux
     if name == services.base:
         return base_card(services.base, services.max_model_len)
-    return model_card(services.registry.adapter(name), services.base, services.max_model_len)
+    adapter = services.registry.adapter(name)
+    return model_card(adapter, services.calibrations, services.base, services.max_model_len)

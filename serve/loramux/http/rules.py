@@ -29,6 +29,11 @@ _INFERENCE = re.compile(
     re.DOTALL,
 )
 _ALIASES: dict[tuple[str, ...], str] = {("v1", "load_lora_adapter"): "load", ("v1", "unload_lora_adapter"): "unload"}
+#: `POST /v1/uncertainty/calibrate`, `DELETE /v1/uncertainty/calibrations/ID`.
+_CALIBRATION: dict[tuple[str, ...], str] = {
+    ("v1", "uncertainty", "calibrate"): "calibrate",
+    ("v1", "uncertainty", "calibrations"): "uncalibrate",
+}
 _ACTIONS = frozenset({"rollback", "pin", "unpin"})
 
 
@@ -40,7 +45,7 @@ class Need(Enum):
 
 @dataclass(frozen=True)
 class Lifecycle:
-    """A request that changes an adapter. `adapter` is None if the body names it."""
+    """A request that changes an adapter. `adapter` is None if the path does not name it."""
 
     action: str
     adapter: str | None
@@ -66,6 +71,8 @@ def lifecycle(scope: Scope) -> Lifecycle | None:
     if method in READ or method == "OPTIONS":
         return None
     if action := _ALIASES.get(parts):
+        return Lifecycle(action, None)
+    if action := _CALIBRATION.get(parts[:3]):
         return Lifecycle(action, None)
     if parts[:2] != ("v1", "adapters"):
         return None

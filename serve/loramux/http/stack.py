@@ -3,6 +3,7 @@
 from loramux.http.access_log import AccessLog
 from loramux.http.auth import Authentication
 from loramux.http.body_limit import BodyLimit
+from loramux.http.calibrate import Calibrate
 from loramux.http.composition import Composition
 from loramux.http.error_shape import ErrorShape
 from loramux.http.model_access import ModelAccess
@@ -17,6 +18,7 @@ MIDDLEWARE = (
     ErrorShape,
     Authentication,
     BodyLimit,
+    Calibrate,
     ScoredCompletion,
     ModelAccess,
     Composition,

@@ -45,9 +45,12 @@ async def unload_adapter(body: UnloadAdapter, request: Request) -> dict[str, Any
     services = request.app.state.loramux
     adapter = await services.registry.delete(body.lora_name)
     answer = _answer(f"Success: LoRA adapter '{adapter.name}' removed successfully.", adapter, services)
-    answer["model"]["adapter"]["state"] = removed_card(adapter)["state"]
+    answer["model"]["adapter"]["state"] = removed_card(adapter, request.app.state.loramux.calibrations)["state"]
     return answer
 
 
 def _answer(message: str, adapter: Adapter, services: Any) -> dict[str, Any]:
-    return {"message": message, "model": model_card(adapter, services.base, services.max_model_len)}
+    return {
+        "message": message,
+        "model": model_card(adapter, services.calibrations, services.base, services.max_model_len),
+    }

@@ -7,7 +7,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +36,15 @@ CREATE TABLE adapters (
 CREATE TABLE sources (path TEXT PRIMARY KEY, signature TEXT NOT NULL, digest TEXT NOT NULL);
 CREATE TABLE artefacts (digest TEXT PRIMARY KEY, summary TEXT NOT NULL);
 """
+# Since then; a server that does not know it yet may use the file, and so may this one a file without it.
+_ADDED = """
+CREATE TABLE IF NOT EXISTS calibrations (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    digest TEXT NOT NULL,    -- of the version of that name which it holds for
+    content TEXT NOT NULL
+);
+"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,16 @@ class Saved:
     given: bool = False
 
 
+@dataclass(frozen=True)
+class SavedCalibration:
+    """What was fitted to answers of one version of an adapter; `content` is for `loramux.uncertainty` to read."""
+
+    id: str
+    name: str
+    digest: str
+    content: str
+
+
 class Store:
     """One SQLite file, of one server at a time. Every method is one transaction, on the disk when it returns.
 
@@ -63,6 +82,9 @@ class Store:
         self._cache = cache
         self._lock_file = lock
         self._lock = threading.Lock()
+        self._calibrations: dict[str, tuple[SavedCalibration, ...]] = {}  # by name; replaced, never changed
+        for row in connection.execute("SELECT id, name, digest, content FROM calibrations ORDER BY rowid"):
+            self._add(SavedCalibration(*row))
 
     @classmethod
     def open(cls, path: Path, *, base: str, cache: Path) -> Store:
@@ -79,6 +101,7 @@ class Store:
                 connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
                 undo.callback(connection.close)
                 _check(connection, path)
+                connection.executescript(_ADDED)
                 store = cls(connection, cache, lock)
                 store._for_base(base)
             except (OSError, sqlite3.OperationalError, StateNotWritten) as error:
@@ -95,7 +118,7 @@ class Store:
     def in_memory(cls, cache: Path = Path()) -> Store:
         """A store that forgets: for a server whose adapters are all named at its start, and for tests."""
         connection = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
-        connection.executescript(_TABLES)
+        connection.executescript(_TABLES + _ADDED)
         return cls(connection, cache)
 
     def close(self) -> None:
@@ -114,16 +137,44 @@ class Store:
         return [Saved(**{**v, "pinned": bool(v["pinned"]), "given": bool(v["given"])}) for v in values]
 
     def save(self, adapter: Saved) -> None:
-        """Write an adapter over what was there under its name. Raises StateNotWritten; then nothing has changed."""
+        """Write an adapter over what was there under its name. Raises StateNotWritten; then nothing has changed.
+
+        Calibrations of contents that it can no longer be rolled back to are forgotten.
+        """
         values = asdict(adapter)
         names, marks = ", ".join(values), ", ".join("?" * len(values))
+        kept = {adapter.digest, adapter.previous_digest}
         with self._transaction() as connection:
             connection.execute(f"INSERT OR REPLACE INTO adapters ({names}) VALUES ({marks})", list(values.values()))
+            if adapter.digest is not None:  # else it may turn out to be any of them
+                self._forget(connection, [c for c in self.calibrations(adapter.name) if c.digest not in kept])
 
     def delete(self, name: str) -> None:
         """Raises StateNotWritten; then nothing has changed."""
         with self._transaction() as connection:
             connection.execute("DELETE FROM adapters WHERE name = ?", [name])
+            self._forget(connection, self.calibrations(name))
+
+    def calibrations(self, name: str) -> tuple[SavedCalibration, ...]:
+        """Those of an adapter, oldest first. Waits for nothing: any thread may ask."""
+        return self._calibrations.get(name, ())
+
+    def calibration(self, id: str) -> SavedCalibration | None:
+        """The one of this id."""
+        return next((c for rows in self._calibrations.values() for c in rows if c.id == id), None)
+
+    def keep_calibration(self, new: SavedCalibration, replaced: Sequence[SavedCalibration] = ()) -> None:
+        """In the place of others of the same adapter. Raises StateNotWritten; then nothing has changed."""
+        with self._transaction() as connection:
+            self._forget(connection, replaced)
+            values = [new.id, new.name, new.digest, new.content]
+            connection.execute("INSERT INTO calibrations VALUES (?, ?, ?, ?)", values)
+            self._add(new)
+
+    def forget_calibration(self, row: SavedCalibration) -> None:
+        """Raises StateNotWritten; then nothing has changed."""
+        with self._transaction() as connection:
+            self._forget(connection, [row])
 
     def remember(self, source: Path, seen: str | None, artefact: Artefact) -> None:
         """Note what `source` contained; `seen` is its signature from before it was read.
@@ -170,16 +221,30 @@ class Store:
             connection.execute("INSERT INTO meta VALUES (?)", [base])
             connection.execute("DELETE FROM sources")
             connection.execute("DELETE FROM artefacts")
+            connection.execute("DELETE FROM calibrations")
+            self._calibrations = {}
             connection.execute("UPDATE adapters SET digest = NULL, previous_source = NULL, previous_digest = NULL")
+
+    def _add(self, row: SavedCalibration) -> None:
+        self._calibrations = {**self._calibrations, row.name: (*self.calibrations(row.name), row)}
+
+    def _forget(self, connection: sqlite3.Connection, rows: Sequence[SavedCalibration]) -> None:
+        """Within a transaction."""
+        for row in rows:
+            connection.execute("DELETE FROM calibrations WHERE id = ?", [row.id])
+            left = tuple(c for c in self.calibrations(row.name) if c.id != row.id)
+            self._calibrations = {**self._calibrations, row.name: left}
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
+            before = self._calibrations
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
                 self._connection.execute("COMMIT")
             except sqlite3.Error as error:
+                self._calibrations = before
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise StateNotWritten(

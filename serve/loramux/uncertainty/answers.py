@@ -1,4 +1,4 @@
-"""The field `uncertainty` of a choice, from what was read."""
+"""The field `uncertainty` of a choice, from what was read: with all scores, of which `asked_for` leaves some."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from loramux.uncertainty.exchange import Exchange
 from loramux.uncertainty.scores import (
     Array,
     Decision,
-    chosen,
     decide,
     fast_scores,
     sequence_scores,
@@ -29,9 +28,9 @@ def scored(exchange: Exchange, posterior: str | None, logp: Array, entropy: Arra
     complete = [s for s in range(len(logp)) if not _missing(logp[s])]
     head = {**_head(exchange, posterior, len(complete)), "partial": len(complete) < len(logp)}
     if len(complete) < 2:
-        return head | dict.fromkeys(_names(exchange))
+        return head | dict.fromkeys(SCORES[exchange.mode])
     tokens = split(total, entropy)
-    result = head | chosen(sequence_scores(tokens, logp[complete]), exchange.ask.scores)
+    result = head | sequence_scores(tokens, logp[complete])
     result["raw"] = {"total": float(tokens.total_raw.mean()), "epistemic": float(tokens.epistemic_raw.mean())}
     if exchange.ask.per_token:
         columns = {"total": tokens.total, "aleatoric": tokens.aleatoric, "epistemic": tokens.epistemic}
@@ -49,7 +48,7 @@ def decided(exchange: Exchange, posterior: str | None, logp: Array) -> tuple[dic
     return {
         **_head(exchange, posterior, 0 if alone else len(logp)),
         "partial": not alone and len(logp) < exchange.samples,
-        **chosen(scores, exchange.ask.scores),
+        **scores,
         "prediction": labels[decision.predicted],
         "labels": [
             {"label": label, "probability": float(p), "deviation": None if alone else float(d)}
@@ -61,8 +60,7 @@ def decided(exchange: Exchange, posterior: str | None, logp: Array) -> tuple[dic
 def sampled(exchange: Exchange, posterior: str | None, texts: Mapping[int, str]) -> dict[int, dict[str, Any]]:
     """Mode `sample`, from the texts of the choices by their index."""
     found = clusters(list(texts.values()))
-    scores = chosen(agreement(found), exchange.ask.scores)
-    head = {**_head(exchange, posterior, len(texts)), "partial": False, **scores}
+    head = {**_head(exchange, posterior, len(texts)), "partial": False, **agreement(found)}
     return {index: head | {"draw": index, "cluster": cluster} for index, cluster in zip(texts, found, strict=True)}
 
 
@@ -73,8 +71,8 @@ def fast(
     known = bool(logp) and len(entropies) == len(logp) and all(map(math.isfinite, entropies))
     head = {**_head(exchange, posterior, 0), "partial": not known}
     if not known:
-        return head | dict.fromkeys(_names(exchange))
-    result = head | chosen(fast_scores(entropies, logp), exchange.ask.scores)
+        return head | dict.fromkeys(SCORES[exchange.mode])
+    result = head | fast_scores(entropies, logp)
     if exchange.ask.per_token:
         result["tokens"] = [{"total": entropy, "aleatoric": None, "epistemic": None} for entropy in entropies]
     return result
@@ -83,7 +81,14 @@ def fast(
 def failed(exchange: Exchange, posterior: str | None, code: str, message: str) -> dict[str, Any]:
     """An answer whose uncertainty could not be told."""
     head = {**_head(exchange, posterior, 0), "partial": True}
-    return head | dict.fromkeys(_names(exchange)) | {"error": {"code": code, "message": message}}
+    return head | dict.fromkeys(SCORES[exchange.mode]) | {"error": {"code": code, "message": message}}
+
+
+def asked_for(exchange: Exchange, value: dict[str, Any]) -> dict[str, Any]:
+    """Without the scores that the request did not name, if it named some."""
+    names = exchange.ask.scores
+    left_out = set() if names is None else {*SCORES[exchange.mode]} - {*names}
+    return {name: item for name, item in value.items() if name not in left_out}
 
 
 def _head(exchange: Exchange, posterior: str | None, samples: int) -> dict[str, Any]:
@@ -94,11 +99,6 @@ def _head(exchange: Exchange, posterior: str | None, samples: int) -> dict[str, 
         "noise": "sequence" if posterior and exchange.mode is not Mode.FAST else None,
         "seed": exchange.ask.seed,
     }
-
-
-def _names(exchange: Exchange) -> tuple[str, ...]:
-    names = SCORES[exchange.mode]
-    return names if exchange.ask.scores is None else tuple(name for name in names if name in exchange.ask.scores)
 
 
 def _missing(values: Array) -> bool:

@@ -13,6 +13,8 @@ per_token       total, aleatoric and epistemic of every token too
 labels          of decide: texts
 on_unsupported  for an adapter without a posterior: "fast" (what can be told without draws) or "error"
 timeout_ms      how long an answer may wait for its scores; then they are `partial`
+alpha           of decide, where it is calibrated: the prediction set misses the right label at most so often
+calibrated      false: scores as they are, even if the version is calibrated (`calibration/`)
 abstain_above   what becomes of an answer that is not sure (`abstain.py`); abstain_below likewise
 """
 
@@ -33,7 +35,7 @@ MIN_SAMPLES = 2
 MAX_LABELS = 64
 _LONGEST_LABEL = 256
 _MAX_TIMEOUT_MS = 600_000
-_MAX_VALUE = 1e300  # compared as it is: an integer may be too large for a float
+_MAX_VALUE = 1e300
 _MAX_SEED = 2**63 - 1
 
 
@@ -65,6 +67,8 @@ class Ask:
     fast_if_unsupported: bool = True
     timeout_s: float | None = None
     abstain: Rule | None = None
+    alpha: float | None = None
+    calibrated: bool = True
 
 
 def parse(value: Any) -> Ask | None:
@@ -91,11 +95,13 @@ def parse(value: Any) -> Ask | None:
         samples=_whole(given, "samples", MIN_SAMPLES, MAX_SAMPLES),
         seed=_whole(given, "seed", 0, _MAX_SEED) or 0,
         scores=_scores(given, mode),
-        per_token=_flag(given, "per_token"),
+        per_token=_flag(given, "per_token", False),
         labels=_labels(given, mode),
         fast_if_unsupported=_one_of(given, "on_unsupported", ["fast", "error"]) != "error",
         timeout_s=None if timeout is None else timeout / 1000,
         abstain=_rule(given, mode),
+        alpha=_alpha(given, mode),
+        calibrated=_flag(given, "calibrated", True),
     )
 
 
@@ -125,6 +131,8 @@ _FIELDS = (
     "labels",
     "on_unsupported",
     "timeout_ms",
+    "alpha",
+    "calibrated",
     ABOVE,
     BELOW,
 )
@@ -137,10 +145,31 @@ def _whole(given: dict[str, Any], name: str, least: int, most: int) -> int | Non
     return value
 
 
-def _flag(given: dict[str, Any], name: str) -> bool:
-    if not isinstance(value := given.get(name, False), bool):
+def _flag(given: dict[str, Any], name: str, default: bool) -> bool:
+    if not isinstance(value := given.get(name, default), bool):
         raise _invalid("must be true or false", _LEAVE_OUT, name)
     return value
+
+
+def _alpha(given: dict[str, Any], mode: Mode | None) -> float | None:
+    value = given.get("alpha")
+    if value is None:
+        return None
+    if mode is not Mode.DECIDE:
+        raise _invalid('belongs to the mode "decide"', "Leave it out: a prediction set is one of labels.", "alpha")
+    if not is_share(value):
+        raise _invalid("must be a number between 0 and 1", 'Send "alpha": 0.1.', "alpha")
+    return float(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number. Compared as it is: an integer may be too large for a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_VALUE
+
+
+def is_share(value: Any) -> bool:
+    """Whether it is a number between 0 and 1, the ends left out."""
+    return is_number(value) and 0 < value < 1
 
 
 def _one_of(given: dict[str, Any], name: str, values: Sequence[str], within: str = "") -> str | None:
@@ -197,7 +226,7 @@ def _rule(given: dict[str, Any], mode: Mode | None) -> Rule | None:
     if rule["score"] not in known:
         raise _invalid("has no such score", f"There are {', '.join(known)}.", f"{name}.score")
     value = rule["value"]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_VALUE:
+    if not is_number(value):
         raise _invalid("must be a number", hint, f"{name}.value")
     action = _one_of(rule, "action", [*Action], within=name) or Action.FLAG
     route_to = rule.get("route_to")

@@ -11,13 +11,12 @@ be compared to those of 16; total is aleatoric plus that. Both are there as they
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-T = TypeVar("T")
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 #: Of a scored answer, by their names in requests and answers.
@@ -160,8 +159,3 @@ def log_mean_exp(values: Array) -> float:
     """log mean exp, which neither overflows nor ends at log 0."""
     top = values.max()
     return float(top + np.log(np.exp(values - top).mean()))
-
-
-def chosen(scores: Mapping[str, T], names: Sequence[str] | None) -> dict[str, T]:
-    """The scores a request asked for, all if it did not say; in the order of `scores`."""
-    return {name: value for name, value in scores.items() if names is None or name in names}

@@ -21,6 +21,8 @@ from loramux.registry import Version
 from loramux.uncertainty import ENTROPY_KEY
 from loramux.uncertainty.abstain import Action, Rule
 from loramux.uncertainty.ask import Ask, Mode
+from loramux.uncertainty.calibration import Calibrations, Method, Sets, Settings, calibrate, of_scores
+from loramux.uncertainty.calibration.platt import Sigmoid
 from loramux.uncertainty.exchange import Exchange, exchange
 
 from ..fakes import World, lora_request
@@ -123,7 +125,9 @@ class Bench:
             first_token=lambda *_: None, queued=lambda *_: None,
         )  # fmt: skip
         instrument(self.engine, self.world.registry, metrics)
-        Uncertainty(self.engine, self.world.registry, self.reads, self.observer, max_model_len=20)  # type: ignore[arg-type]
+        self.calibrations = Calibrations(self.world.store)
+        surroundings: Any = (self.reads, self.calibrations, self.observer)
+        Uncertainty(self.engine, self.world.registry, *surroundings, max_model_len=20)
         self.outputs: list[Any] = []
 
     async def load(self, name: str, *, bayesian: bool = True) -> Version:
@@ -412,3 +416,32 @@ async def test_answers_that_are_not_sure(bench: Bench) -> None:
     bench.reads.error = RuntimeError("a bug")
     asked = await bench.ask(version, abstain=Rule("mi_mean", 0.3, False, Action.REFUSE))
     assert asked.choices[0]["abstained"] is None and asked.choices[0]["action"] == "refuse"
+
+
+async def test_answers_of_a_calibrated_version(bench: Bench) -> None:
+    version, other = await bench.load("a"), await bench.load("b")
+    rng = np.random.default_rng(0)
+    x = rng.random(200)
+    items = of_scores("nll_ln", x.tolist(), (rng.random(200) < np.exp(-5 * x)).tolist())
+    settings = Settings(Mode.SCORE, "sequence", 4, 0)
+    made = calibrate(items, settings, score="nll_ln", method=Method.PLATT, sets=Sets.LAC, risk=0.1)
+    await bench.calibrations.keep(version, made)
+    told = (await bench.ask(version, scores=("confidence",))).choices[0]
+    raw = (await bench.ask(version, calibrated=False)).choices[0]
+    assert isinstance(made.map, Sigmoid) and told["confidence"] == made.map(np.array([raw["nll_ln"]]))[0]
+    assert told["calibration"] == {"id": made.id, "method": "platt", "n": 200, "ece": made.told["ece"]}
+    assert told["raw"]["confidence"] == raw["confidence"] and "nll_ln" not in told and "calibration" not in raw
+    assert bench.observer.told_of[0][1]["confidence"] == told["confidence"]
+    for asked in (await bench.ask(other), await bench.ask(version, samples=3), await bench.ask(version, seed=1)):
+        assert "calibration" not in asked.choices[0]
+    below = Rule("confidence", told["confidence"] + 1e-6, True)
+    assert told["confidence"] < raw["confidence"] > below.value
+    assert (await bench.ask(version, abstain=below)).choices[0]["abstained"]
+    bench.reads.late = {1}
+    assert "calibration" not in (await bench.ask(version)).choices[0]
+
+
+async def test_a_set_that_was_asked_for_is_null_without_a_calibration(bench: Bench) -> None:
+    labels = {"labels": ((5,), (6,))}
+    asked = await bench.ask(await bench.load("a"), Mode.DECIDE, labels=("x", "y"), fields=labels, alpha=0.1)
+    assert asked.choices[0]["prediction_set"] is None

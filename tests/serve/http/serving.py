@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from loramux.http import Services, attach
 from loramux.http.error_shape import ErrorShape
+from loramux.uncertainty.calibration import Calibrations
 
 from ..fakes import BASE, World
 
@@ -67,7 +68,7 @@ async def serving(folder: Path) -> AsyncIterator[Server]:
         async def stats() -> dict[str, int]:
             return server.stats
 
-        app.state.loramux = Services(world.registry, BASE, 4096, stats, None)
+        app.state.loramux = Services(world.registry, BASE, 4096, stats, None, Calibrations(world.store))
         yield server
 
 

@@ -21,7 +21,7 @@ from .serving import Server, error_of
 
 CARD = {
     "name", "object", "state", "version", "previous", "pending", "pinned", "method", "rank", "experts", "tasks",
-    "bayesian",
+    "bayesian", "calibrations",
     "resident_bytes", "leases", "load_seconds", "last_used", "warnings", "error",
 }  # fmt: skip
 

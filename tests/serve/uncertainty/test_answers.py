@@ -36,7 +36,8 @@ def test_a_score_of_everything() -> None:
 
 
 def test_only_what_was_asked_for() -> None:
-    value = answers.scored(exchange(Mode.SCORE, scores=("mi_max",)), "diagonal_a", *reads())
+    asked = exchange(Mode.SCORE, scores=("mi_max",))
+    value = answers.asked_for(asked, answers.scored(asked, "diagonal_a", *reads()))
     assert set(value) & set(SCORES[Mode.SCORE]) == {"mi_max"} and "tokens" not in value
 
 
@@ -62,7 +63,7 @@ def test_less_than_two_draws_tell_nothing(complete: int) -> None:
 def test_a_decision() -> None:
     asked = exchange(Mode.DECIDE, labels=("a", "b"), scores=("confidence",))
     value, place = answers.decided(asked, "diagonal_a", np.log([[0.6, 0.2], [0.2, 0.2], [0.3, 0.1]]))
-    assert place == 0 and value["prediction"] == "a" and "epistemic" not in value
+    assert place == 0 and value["prediction"] == "a" and "epistemic" not in answers.asked_for(asked, value)
     assert [entry["label"] for entry in as_json(value)["labels"]] == ["a", "b"]
     assert sum(entry["probability"] for entry in value["labels"]) == pytest.approx(1)
 
@@ -94,6 +95,7 @@ def test_fast_of_what_is_not_known(entropies: list[float], logp: list[float]) ->
 
 
 def test_a_failure_is_of_the_same_shape() -> None:
-    value = as_json(answers.failed(exchange(Mode.SCORE, scores=("total",)), "diagonal_a", "code", "message"))
+    asked = exchange(Mode.SCORE, scores=("total",))
+    value = as_json(answers.asked_for(asked, answers.failed(asked, "diagonal_a", "code", "message")))
     assert value["partial"] and value["total"] is None and value["error"] == {"code": "code", "message": "message"}
     assert "epistemic" not in value

@@ -130,8 +130,3 @@ def test_fast_scores() -> None:
     found = scores.fast_scores([0.5, 1.5], [-0.1, -0.3])
     assert set(found) == set(scores.FAST_SCORES)
     assert found == pytest.approx({"total": 1.0, "entropy_max": 1.5, "nll_ln": 0.2, "confidence": math.exp(-0.2)})
-
-
-def test_scores_by_name() -> None:
-    assert scores.chosen({"a": 1.0, "b": 2.0, "c": 3.0}, ["c", "a"]) == {"a": 1.0, "c": 3.0}
-    assert scores.chosen({"a": 1.0}, None) == {"a": 1.0}
