@@ -9,7 +9,7 @@ number, not drawn: a normal A with B is a normal law of low rank over ΔW, and t
 
     u = M x + (σ ⊙ E)(x ⊙ r)        r ∈ {±1}^d_in, one for each group
 
-where E·diag(r) is again N(0, 1) in every place, and two groups' are uncorrelated. The authors (Wang-ML-Lab/bayesian-peft
+where E·diag(r) is again N(0, 1) in every place, and two groups' are uncorrelated. The authors (bayesian-peft
 at bc6a4a7) flip outputs as well, and take new signs for every token, which is no law of weights; here all tokens of a
 sequence see the same A, in training as in serving. σ = ρ² is their `bayes_eps ≥ 0`, and so is the way ρ begins: uniform
 in [√σ_0/√2, √σ_0].
