@@ -15,6 +15,8 @@
     ├── InvalidRequest              400  invalid_request
     ├── AdapterNotBayesian          400  adapter_not_bayesian      (it has no posterior to draw from)
     ├── CalibrationNotFound         404  calibration_not_found
+    ├── AnswerNotFound              404  answer_not_found          (feedback on what is not known, or no longer)
+    ├── FeedbackConflict            409  feedback_conflict         (it was said to be otherwise before)
     ├── DrawsDoNotFit               400  uncertainty_no_room       (the draws asked for exceed adapter memory)
     ├── InvalidApiKey               401  invalid_api_key
     ├── AdminKeyRequired            403  admin_key_required
@@ -160,6 +162,22 @@ class CalibrationNotFound(LoramuxError):
     status = 404
     type = "invalid_request_error"
     code = "calibration_not_found"
+
+
+class AnswerNotFound(LoramuxError):
+    """Feedback is about an answer that had no scores, or is not remembered."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "answer_not_found"
+
+
+class FeedbackConflict(LoramuxError):
+    """Feedback says other than the feedback before it."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "feedback_conflict"
 
 
 class DrawsDoNotFit(LoramuxError):

@@ -187,6 +187,9 @@ class FakeObserver:
     def leases(self, name: str, count: int) -> None:
         self.leased[name] = count
 
+    def drawn(self, name: str, hits: int, misses: int) -> None:
+        self.events.append(("drawn", name, (hits, misses)))
+
     def waited(self, name: str, seconds: float) -> None:
         self.waits.append((name, seconds))
 

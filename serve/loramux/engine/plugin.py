@@ -18,9 +18,17 @@ from loramux.engine.names import EngineDirectory
 from loramux.engine.reads import Reads
 from loramux.engine.uncertainty import Uncertainty
 from loramux.http import Services, attach
-from loramux.metrics import AdapterMetrics, RoutingMetrics, RoutingWatch, UncertaintyMetrics, instrument
+from loramux.metrics import (
+    AdapterMetrics,
+    ReliabilityMetrics,
+    RoutingMetrics,
+    RoutingWatch,
+    UncertaintyMetrics,
+    instrument,
+)
 from loramux.registry import AdapterRegistry, Compose, Given, Posteriors, Prepare, Store
 from loramux.uncertainty.calibration import Calibrations
+from loramux.uncertainty.recent import Recent
 
 
 @dataclass
@@ -76,8 +84,9 @@ class LoramuxPlugin:
         reads = Reads(engine_client, await data_plane.score_rows(), by_priority=by_priority)
         max_model_len = engine_client.model_config.max_model_len
         observer = UncertaintyMetrics(metrics.labels)
-        calibrations = Calibrations(launch.store)
-        Uncertainty(engine_client, registry, reads, calibrations, observer, max_model_len=max_model_len)
+        calibrations, recent = Calibrations(launch.store), Recent()
+        ReliabilityMetrics(metrics.labels, recent, calibrations)
+        Uncertainty(engine_client, registry, reads, calibrations, recent, observer, max_model_len=max_model_len)
         state.loramux = Services(
             registry=registry,
             base=launch.base,
@@ -85,6 +94,7 @@ class LoramuxPlugin:
             pool_stats=data_plane.stats,
             tokenizer=engine_client.renderer.tokenizer,
             calibrations=calibrations,
+            recent=recent,
         )
         await registry.start(launch.adapters)
         loop = asyncio.get_running_loop()

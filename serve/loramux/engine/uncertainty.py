@@ -32,6 +32,7 @@ from loramux.uncertainty import ENTROPY_KEY, answers
 from loramux.uncertainty.ask import FIELD, Mode, resolve
 from loramux.uncertainty.calibration import Calibrations
 from loramux.uncertainty.exchange import Exchange, exchange
+from loramux.uncertainty.recent import Recent
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ class Observer(Protocol):
     def told(self, name: str, value: dict[str, Any], seconds: float) -> None:
         """A choice of `name` has its uncertainty, `seconds` after its text was there."""
 
+    def read(self, name: str, tokens: int) -> None:
+        """Tokens were read for it beyond those of the answer itself."""
+
 
 class Uncertainty:
     """Replaces `generate` of one engine client, on the instance; outside of what takes leases there."""
@@ -54,6 +58,7 @@ class Uncertainty:
         registry: AdapterRegistry,
         reads: Reads,
         calibrations: Calibrations,
+        recent: Recent,
         observer: Observer,
         *,
         max_model_len: int,
@@ -63,6 +68,7 @@ class Uncertainty:
         self._registry = registry
         self._reads = reads
         self._calibrations = calibrations
+        self._recent = recent
         self._observer = observer
         engine.generate = self.generate
 
@@ -90,6 +96,7 @@ class Uncertainty:
                 self._registry,
                 self._reads,
                 self._calibrations,
+                self._recent,
                 self._observer,
                 asked,
                 mean,
@@ -118,6 +125,7 @@ class _Answer:
         registry: AdapterRegistry,
         reads: Reads,
         calibrations: Calibrations,
+        recent: Recent,
         observer: Observer,
         asked: Exchange,
         mean: Version | None,
@@ -128,12 +136,14 @@ class _Answer:
         self._registry = registry
         self._reads = reads
         self._calibrations = calibrations
+        self._recent = recent
         self._observer = observer
         self._asked = asked
         self._mean = mean
         self._prompt = prompt
         self._params = params
         self._name = mean.name if mean else registry.base
+        self._drawn = False
         self._posterior = mean.artefact.summary.posterior if mean and mean.artefact else None
 
     async def score(self, request_id: str, lora_request: Any, options: dict[str, Any]) -> Outputs:
@@ -168,7 +178,7 @@ class _Answer:
         logp = logp[~np.isnan(logp).any(1)]
         if len(logp) < min(2, len(draws)):
             raise _too_late()
-        asked.tokens += len(draws) * (len(prompt) + sum(len(label) - 1 for label in asked.labels))
+        self._read_tokens(len(draws) * (len(prompt) + sum(len(label) - 1 for label in asked.labels)))
         value, place = answers.decided(asked, self._posterior, logp)
         self._told(0, value, started)
         yield _whole(request_id, prompt, asked.ask.labels[place], asked.labels[place], lora_request)
@@ -181,7 +191,7 @@ class _Answer:
         else:
             report = await self._reads.read([self._mean], prompt, asked.given, timeout_s=self._left(started))
             entropies, logp = report.entropy[0].tolist(), report.logp[0, :, 0].tolist()
-            asked.tokens += len(prompt) + len(asked.given)
+            self._read_tokens(len(prompt) + len(asked.given))
             self._told(0, answers.fast(asked, self._posterior, entropies, logp), started)
         yield _whole(request_id, prompt, asked.text or "", asked.given, lora_request)
 
@@ -236,7 +246,7 @@ class _Answer:
         try:
             report = await self._read(prompt, tokens, started)
             value = answers.scored(asked, self._posterior, report.logp[..., 0], report.entropy, report.total)
-            asked.tokens += asked.samples * (len(prompt) + len(tokens))
+            self._read_tokens(asked.samples * (len(prompt) + len(tokens)))
         except LoramuxError as error:
             value = answers.failed(asked, self._posterior, error.code, error.message)
         except Exception:
@@ -253,11 +263,11 @@ class _Answer:
         """The draws, leased; of an adapter without a posterior, itself. Raises UncertaintyTimeout."""
         if self._mean is None or not self._mean.bayesian:
             return [self._mean]
-        asked = self._asked
+        asked, counted, self._drawn = self._asked, not self._drawn, True  # once a request: it may draw ahead
         try:
             async with asyncio.timeout(self._left(started)):
                 return await held.enter_async_context(
-                    self._registry.drawn(self._mean, seed=asked.ask.seed, samples=asked.samples)
+                    self._registry.drawn(self._mean, seed=asked.ask.seed, samples=asked.samples, counted=counted)
                 )
         except TimeoutError:
             raise _too_late() from None
@@ -267,17 +277,31 @@ class _Answer:
             async with AsyncExitStack() as held:
                 await self._draws(held, time.monotonic())
 
+    def _read_tokens(self, tokens: int) -> None:
+        self._asked.tokens += tokens
+        self._observer.read(self._name, tokens)
+
     def _left(self, started: float) -> float | None:
         timeout = self._asked.ask.timeout_s
         return None if timeout is None else max(0.0, started + timeout - time.monotonic())
 
     def _told(self, index: int, value: dict[str, Any], started: float) -> None:
         seconds = time.monotonic() - started
-        value = self._calibrated(value)
+        value = self._calibrated(raw := value)
+        self._remember(index, raw, value.get("confidence"))
         if (rule := self._asked.ask.abstain) is not None:
             value = value | rule.judged(value)
         self._asked.choices[index] = answers.asked_for(self._asked, value) | {"latency_ms": round(seconds * 1000, 3)}
         self._observer.told(self._name, value, seconds)
+
+    def _remember(self, index: int, raw: dict[str, Any], confidence: float | None) -> None:
+        """For feedback and drift; answers to calibrate with are others' and old ones, sums have no name."""
+        mean, ask = self._mean, self._asked.ask
+        if not ask.calibrated or (mean is not None and mean.make is not None):
+            return
+        digest = mean.artefact.digest if mean is not None and mean.artefact is not None else None
+        if (one := self._recent.add(self._name, digest, raw, ask.labels, confidence)) is not None:
+            self._asked.scored[index] = one
 
     def _calibrated(self, value: dict[str, Any]) -> dict[str, Any]:
         """As what answers was calibrated for just these settings, if it was; a set that was asked for is null else."""

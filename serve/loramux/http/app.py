@@ -10,10 +10,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from loramux.errors import LoramuxError
-from loramux.http import adapters, calibrations, health, models, page, vllm_adapters
+from loramux.http import adapters, calibrations, feedback, health, models, page, vllm_adapters
 from loramux.http.errors import render
 from loramux.registry import AdapterRegistry
 from loramux.uncertainty.calibration import Calibrations
+from loramux.uncertainty.recent import Recent
 
 
 @dataclass
@@ -26,11 +27,13 @@ class Services:
     pool_stats: Callable[[], Awaitable[dict[str, int]]]
     tokenizer: Any  # the base model's, of Hugging Face's kind
     calibrations: Calibrations
+    recent: Recent
 
 
 def attach(app: FastAPI) -> None:
     """Add our routes to `app`, in place of routes it already has for the same path and method."""
-    routers = (models.router, adapters.router, calibrations.router, vllm_adapters.router, health.router, page.router)
+    modules = (models, adapters, calibrations, feedback, vllm_adapters, health, page)
+    routers = [module.router for module in modules]
     ours = [route for router in routers for route in router.routes]
     taken = {(getattr(route, "path", None), method) for route in ours for method in getattr(route, "methods", ())}
     # vLLM 0.26 appends a plugin's routes, so its own would win; 0.32 replaces them itself.

@@ -44,6 +44,7 @@ from loramux.uncertainty.calibration import (
     of_scores,
 )
 from loramux.uncertainty.calibration.wish import Item, Wish, wish_in
+from loramux.uncertainty.recent import Recent
 
 if TYPE_CHECKING:
     from loramux.http.app import Services
@@ -88,7 +89,10 @@ class Calibrate:
                 hint=f"There are {', '.join(inputs(settings.mode))}.",
                 param="score",
             )
-        items = await self._items(scope, wish, settings, version, score)
+        if wish.items is None:
+            items = _of_feedback(version, settings, services.recent)
+        else:
+            items = await self._items(scope, wish, wish.items, settings, version, score)
 
         def made() -> Calibration:
             return calibrate(items, settings, score=score, method=wish.method, sets=wish.sets, risk=wish.risk)
@@ -101,9 +105,11 @@ class Calibrate:
         await services.calibrations.keep(version, calibration)
         return {"object": "calibration", "model": version.name, "version": version.digest, **calibration.card()}
 
-    async def _items(self, scope: Scope, wish: Wish, settings: Settings, version: Version, score: str) -> Items:
-        if wish.items[0].score is not None:
-            return of_scores(score, [item.score or 0.0 for item in wish.items], [bool(i.right) for i in wish.items])
+    async def _items(
+        self, scope: Scope, wish: Wish, items: list[Item], settings: Settings, version: Version, score: str
+    ) -> Items:
+        if items[0].score is not None:
+            return of_scores(score, [item.score or 0.0 for item in items], [bool(item.right) for item in items])
         turns = asyncio.Semaphore(AT_ONCE)
         asked = {**wish.asked, "mode": settings.mode.value, "calibrated": False}
 
@@ -113,8 +119,8 @@ class Calibrate:
             async with turns:
                 return await self._ask(scope, {**(item.request or {}), "model": version.tag, FIELD: asked}, place)
 
-        found = await all_of(told(place, item) for place, item in enumerate(wish.items))
-        return of_answers(found, settings, [item.right for item in wish.items])
+        found = await all_of(told(place, item) for place, item in enumerate(items))
+        return of_answers(found, settings, [item.right for item in items])
 
     async def _ask(self, scope: Scope, request: dict[str, Any], place: int) -> dict[str, Any]:
         """The field `uncertainty` of one item. Raises InvalidRequest or ItemsNotScored, which name it."""
@@ -147,6 +153,16 @@ class Calibrate:
             hint=error.get("hint") or "Nothing was calibrated. Try again.",
             param=f"data[{place}]",
         )
+
+
+def _of_feedback(version: Version, settings: Settings, recent: Recent) -> Items:
+    """Those of decisions of which the right label is known, and all others."""
+    assert version.artefact is not None
+    found = recent.labelled(version.name, version.artefact.digest, settings)
+    if settings.mode is Mode.DECIDE:
+        found = [one for one in found if one.label is not None]
+    right = [bool(one.right) if one.label is None else one.label for one in found]
+    return of_answers([one.told for one in found], settings, right)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from loramux.http.rules import COMPLETIONS, READ, Need, need
 # These and COMPLETIONS are all that such a key reaches: vLLM has many more routes, which may name a model in ways not
 # known here.
 _MODEL_IN_PATH = ("/v1/models/", "/v1/adapters/")
+_FEEDBACK = "/v1/uncertainty/feedback"  # finds no answers but those of its adapters
 _WITHOUT_MODEL = frozenset({"/v1/models", "/v1/adapters", "/version", "/openapi.json", "/docs", "/redoc"})
 
 
@@ -73,6 +74,8 @@ def _place_of_model(scope: Scope) -> Any:
                 return path[len(prefix) :]
     if method == "POST" and path in COMPLETIONS:
         return _BODY
+    if method == "POST" and path == _FEEDBACK:
+        return None
     raise RouteNotAllowed("This key may only list and use its adapters.")
 
 

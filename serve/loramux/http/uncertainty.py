@@ -8,13 +8,14 @@ Each choice gets a field `uncertainty`, in a stream its chunk with the finish re
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loramux.errors import AdapterNotFound, InvalidRequest, LoramuxError
 from loramux.http import abstention
-from loramux.http.asgi import Receive, Scope, Send, field_in, replayed, with_length
+from loramux.http.asgi import Receive, Scope, Send, field_in, replayed, request_state, with_length
 from loramux.http.completions import OfCompletions
 from loramux.http.composition import answered_by
 from loramux.http.errors import refuse
@@ -26,6 +27,7 @@ from loramux.uncertainty.abstain import Action
 from loramux.uncertainty.ask import FIELD, MIN_SAMPLES, SCORES, Ask, Mode, parse, resolve
 from loramux.uncertainty.exchange import Exchange, exchange
 from loramux.uncertainty.labels import tokenise
+from loramux.uncertainty.recent import Recent
 
 if TYPE_CHECKING:
     from loramux.http.app import Services
@@ -53,8 +55,9 @@ class UncertaintyReport(OfCompletions):
         if asked is None:
             await self.app(scope, receive, send)
             return
-        events = each_event(partial(_add_to_event, asked))
-        rewritten = Rewrite(send, answer=partial(_add_to_answer, asked), events=events)
+        call = partial(_call, asked, services.recent, request_state(scope).get("loramux_request_id"))
+        events = each_event(partial(_add_to_event, asked, call))
+        rewritten = Rewrite(send, answer=partial(_add_to_answer, asked, call), events=events)
         rule = asked.ask.abstain
         if rule is not None and rule.route_to is not None:
             await abstention.routed(
@@ -161,16 +164,30 @@ def _conflict(field: str, what: str, hint: str) -> InvalidRequest:
     return InvalidRequest(f"`uncertainty` is about {what}: `{field}` asks for something else.", hint=hint, param=field)
 
 
-def _add_to_answer(asked: Exchange, answer: dict[str, Any]) -> None:
+#: Given the id of an answer and a choice of it.
+Call = Callable[[Any, dict[str, Any]], None]
+
+
+def _call(asked: Exchange, recent: Recent, request_id: str | None, answer_id: Any, choice: dict[str, Any]) -> None:
+    """Let feedback find a choice, unless it is another model's: the scores are not of that one."""
+    index = choice.get("index", 0)
+    one, told = asked.scored.get(index), asked.choices.get(index) or {}
+    if one is not None and told.get("action") != Action.ROUTE:
+        recent.call(one, [id for id in (request_id, answer_id) if isinstance(id, str)], index)
+
+
+def _add_to_answer(asked: Exchange, call: Call, answer: dict[str, Any]) -> None:
     for choice in answer.get("choices", ()):
         _add(asked, choice)
+        call(answer.get("id"), choice)
     _add_usage(asked, answer)
 
 
-def _add_to_event(asked: Exchange, event: dict[str, Any]) -> None:
+def _add_to_event(asked: Exchange, call: Call, event: dict[str, Any]) -> None:
     for choice in event.get("choices", ()):
         if choice.get("finish_reason") is not None:
             _add(asked, choice)
+            call(event.get("id"), choice)
     _add_usage(asked, event)
 
 

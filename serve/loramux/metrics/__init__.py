@@ -2,7 +2,8 @@
 
 from loramux.metrics.adapters import AdapterMetrics
 from loramux.metrics.instrument import instrument
+from loramux.metrics.reliability import ReliabilityMetrics
 from loramux.metrics.routing import RoutingMetrics, RoutingWatch
 from loramux.metrics.uncertainty import UncertaintyMetrics
 
-__all__ = ["AdapterMetrics", "RoutingMetrics", "RoutingWatch", "UncertaintyMetrics", "instrument"]
+__all__ = ["AdapterMetrics", "ReliabilityMetrics", "RoutingMetrics", "RoutingWatch", "UncertaintyMetrics", "instrument"]

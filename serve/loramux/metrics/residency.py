@@ -50,6 +50,13 @@ class ResidencyMetrics:
             "loramux_adapter_evictions", "Evictions to make room for another.", ["adapter"], registry=registry
         )
 
+        self._draw_hits = Counter(
+            "loramux_uncertainty_draw_hits", "Draws that lay on the device when needed.", ["adapter"], registry=registry
+        )
+        self._draw_misses = Counter(
+            "loramux_uncertainty_draw_misses", "Draws that had to be made or loaded.", ["adapter"], registry=registry
+        )
+
     def moved(self, name: str, old: State | None, new: State) -> None:
         """A version of `name` went from one state to another; `old` is None for a new version."""
         versions = self._versions.get(name, Tally())
@@ -77,6 +84,10 @@ class ResidencyMetrics:
 
     def load_failed(self, name: str, code: str) -> None:
         self._labels.series(self._failures, name, code).inc()
+
+    def drawn(self, name: str, hits: int, misses: int) -> None:
+        self._labels.series(self._draw_hits, name).inc(hits)
+        self._labels.series(self._draw_misses, name).inc(misses)
 
     def evicted(self, name: str) -> None:
         self._labels.series(self._evictions, name).inc()

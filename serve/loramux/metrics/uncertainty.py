@@ -47,6 +47,17 @@ class UncertaintyMetrics:
             registry=registry,
         )
 
+        self._tokens = Counter(
+            "loramux_uncertainty_tokens",
+            "Tokens that were read to tell how sure answers are, beyond those of the answers themselves.",
+            ["adapter"],
+            registry=registry,
+        )
+
+    def read(self, name: str, tokens: int) -> None:
+        """Tokens were read for an uncertainty of `name`."""
+        self._series(self._tokens, name).inc(tokens)
+
     def told(self, name: str, value: dict[str, Any], seconds: float) -> None:
         """A choice of `name` has its uncertainty, `seconds` after its text was there."""
         mode = value["mode"]

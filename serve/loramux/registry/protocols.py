@@ -73,5 +73,8 @@ class Observer(Protocol):
     def leases(self, name: str, count: int) -> None:
         """Running requests of `name`, all versions."""
 
+    def drawn(self, name: str, hits: int, misses: int) -> None:
+        """A request needed draws of `name`; so many lay on the device, and so many had to be made or loaded."""
+
     def waited(self, name: str, seconds: float) -> None:
         """A request waited for its adapter before it entered the engine."""

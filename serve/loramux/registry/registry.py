@@ -158,17 +158,26 @@ class AdapterRegistry:
         return await self._draws.samples(version, asked)
 
     @asynccontextmanager
-    async def drawn(self, version: Version, *, seed: int, samples: int) -> AsyncIterator[list[Version]]:
+    async def drawn(
+        self, version: Version, *, seed: int, samples: int, counted: bool = True
+    ) -> AsyncIterator[list[Version]]:
         """The first draws from the posterior of a leased version: on the device, and leased, until this is left.
 
-        The same for the same version and seed, whoever asks and whenever. Raises as `resolve`.
+        The same for the same version and seed, whoever asks and whenever. `counted`: the observer is told how many of
+        them were there already. Raises as `resolve`.
         """
         deadline = asyncio.get_running_loop().time() + self._patience_s
 
+        missed = []
+
         async def lease(draw: Version) -> None:
+            if draw.state is not State.RESIDENT:
+                missed.append(draw)
             await self._enter(lambda: draw, self._residency.take, deadline)
 
         async with self._draws.held(version, seed=seed, samples=samples, lease=lease) as versions:
+            if counted:
+                self._observer.drawn(version.name, samples - len(missed), len(missed))
             yield versions
 
     async def _part(self, spelling: str, param: str, deadline: float) -> Version:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loramux.uncertainty.ask import Ask, Mode
+from loramux.uncertainty.recent import Scored
 
 
 @dataclass(eq=False)
@@ -21,6 +22,7 @@ class Exchange:
     given: tuple[int, ...] = ()  # its tokens
     greedy: bool = False  # the draws of `sample` write their most probable tokens
     choices: dict[int, dict[str, Any]] = field(default_factory=dict)  # the field `uncertainty` of each
+    scored: dict[int, Scored] = field(default_factory=dict)  # those of the choices that feedback may be given on
     tokens: int = 0  # read beyond those of the answer itself
 
 

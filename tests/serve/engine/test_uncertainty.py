@@ -24,6 +24,7 @@ from loramux.uncertainty.ask import Ask, Mode
 from loramux.uncertainty.calibration import Calibrations, Method, Sets, Settings, calibrate, of_scores
 from loramux.uncertainty.calibration.platt import Sigmoid
 from loramux.uncertainty.exchange import Exchange, exchange
+from loramux.uncertainty.recent import Recent
 
 from ..fakes import World, lora_request
 
@@ -109,7 +110,11 @@ class Engine:
 
 class Observer:
     def __init__(self) -> None:
+        self.tokens = 0
         self.told_of: list[tuple[str, dict[str, Any]]] = []
+
+    def read(self, name: str, tokens: int) -> None:
+        self.tokens += tokens
 
     def told(self, name: str, value: dict[str, Any], seconds: float) -> None:
         assert seconds >= 0
@@ -125,8 +130,9 @@ class Bench:
             first_token=lambda *_: None, queued=lambda *_: None,
         )  # fmt: skip
         instrument(self.engine, self.world.registry, metrics)
+        self.recent = Recent()
         self.calibrations = Calibrations(self.world.store)
-        surroundings: Any = (self.reads, self.calibrations, self.observer)
+        surroundings: Any = (self.reads, self.calibrations, self.recent, self.observer)
         Uncertainty(self.engine, self.world.registry, *surroundings, max_model_len=20)
         self.outputs: list[Any] = []
 
@@ -445,3 +451,25 @@ async def test_a_set_that_was_asked_for_is_null_without_a_calibration(bench: Ben
     labels = {"labels": ((5,), (6,))}
     asked = await bench.ask(await bench.load("a"), Mode.DECIDE, labels=("x", "y"), fields=labels, alpha=0.1)
     assert asked.choices[0]["prediction_set"] is None
+
+
+async def test_answers_are_remembered_as_they_were_told(bench: Bench) -> None:
+    version = await bench.load("a")
+    asked = await bench.ask(version, scores=("nll_ln",))
+    one = asked.scored[0]
+    assert version.artefact is not None and (one.name, one.digest) == ("a", version.artefact.digest)
+    assert one.told["mi_mean"] > 0 and one.confidence == one.told["confidence"]
+    assert one.settings == Settings(Mode.SCORE, "sequence", 4, 0) and bench.observer.tokens == 24
+    assert not (await bench.ask(version, calibrated=False)).scored
+    bench.reads.late = {0, 1}
+    assert not (await bench.ask(version)).scored  # not all draws read it
+    assert (await bench.ask(None, Mode.FAST)).scored[0].digest is None
+
+
+async def test_draws_that_are_there_are_told_from_those_that_are_not(bench: Bench) -> None:
+    """Once a request, though it draws ahead and again for every choice."""
+    version = await bench.load("a")
+    for _ in range(2):
+        await bench.ask(version, params={"n": 3, "temperature": 1.0})
+    found = [event[1:] for event in bench.world.observer.events if event[0] == "drawn"]
+    assert found == [("a", (0, 4)), ("a", (4, 0))]

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from loramux.http import Services, attach
 from loramux.http.error_shape import ErrorShape
 from loramux.uncertainty.calibration import Calibrations
+from loramux.uncertainty.recent import Recent
 
 from ..fakes import BASE, World
 
@@ -68,7 +69,7 @@ async def serving(folder: Path) -> AsyncIterator[Server]:
         async def stats() -> dict[str, int]:
             return server.stats
 
-        app.state.loramux = Services(world.registry, BASE, 4096, stats, None, Calibrations(world.store))
+        app.state.loramux = Services(world.registry, BASE, 4096, stats, None, Calibrations(world.store), Recent())
         yield server
 
 

@@ -22,6 +22,7 @@ from loramux.http.scored import ScoredCompletion
 from loramux.http.uncertainty import UncertaintyReport
 from loramux.uncertainty.calibration import Calibrations
 from loramux.uncertainty.exchange import exchange
+from loramux.uncertainty.recent import Recent
 
 from ..fakes import BASE, World
 from .guarded import ADMIN, KEY, TEAM, Inner, call, gate, guarded
@@ -47,6 +48,7 @@ class Server:
     def __init__(self) -> None:
         self.world = World()
         self.calibrations = Calibrations(self.world.store)
+        self.recent = Recent()
         self.seen: list[dict[str, Any]] = []
         self.ids: list[str] = []
         self.running = self.most = 0
@@ -57,7 +59,7 @@ class Server:
         install(app.state.args, Gate(bases=(BASE,)))
         app.state.loramux = SimpleNamespace(
             registry=self.world.registry, tokenizer=Tokenizer(), calibrations=self.calibrations, base=BASE,
-            max_model_len=100,
+            max_model_len=100, recent=self.recent,
         )  # fmt: skip
         attach(app)
         for path in ("/v1/chat/completions", "/v1/completions"):
@@ -265,3 +267,25 @@ async def test_it_needs_the_admin_key(key: str | None, status: int, method: str,
     inner = Inner()
     answer = await call(guarded(inner, gate()), method, path, key=key)
     assert answer.status == status and bool(inner.scopes) == (status == 200)
+
+
+async def test_feedback_is_labelled_data(server: Server) -> None:
+    digest = server.world.current("a").artefact.digest  # type: ignore[union-attr]
+    head = {"mode": "decide", "noise": "sequence", "samples": 8, "seed": 0, "partial": False}
+    for i in range(90):
+        told = {
+            **head, "total": i / 90, "confidence": 0.6, "prediction": "x",
+            "labels": [{"label": "x", "probability": 0.6}, {"label": "y", "probability": 0.4}],
+        }  # fmt: skip
+        one = server.recent.add("a", digest, told, ("x", "y"), 0.6)
+        assert one is not None
+        server.recent.call(one, [f"r{i}"], 0)
+        if i in (29, 89):
+            wish = {"model": "a", "from": "feedback", "uncertainty": XY}
+            answer = await server.post(wish)
+            assert (answer.status_code, answer.json().get("n")) == ((400, None) if i == 29 else (200, 89))
+        server.recent.feedback(f"r{i}", 0, ["a"], correct=None, label="xy"[i % 3 == 0])
+    assert not server.seen and len(server.kept()) == 1
+    for body in ({"from": "elsewhere"}, {"from": "feedback", "data": items()}):
+        assert (await server.post({"model": "a", **body})).json()["error"]["param"] == "from"
+    assert (await server.post({"model": "a", "from": "feedback"})).status_code == 400  # under other settings

@@ -15,12 +15,14 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from loramux.errors import AnswerNotFound
 from loramux.http.composition import Composed, answered_by
 from loramux.http.gate import Gate, install
 from loramux.http.scored import ScoredCompletion
 from loramux.http.uncertainty import UncertaintyReport
 from loramux.uncertainty.ask import Mode
 from loramux.uncertainty.exchange import Exchange, exchange
+from loramux.uncertainty.recent import Recent, Scored
 
 from ..fakes import BASE, World
 
@@ -35,6 +37,11 @@ class Server:
         self.world = world
         self.seen: list[tuple[dict[str, Any], Exchange | None]] = []
         self.paths: list[str] = []
+        self.recent = Recent()
+        head = {"mode": "score", "noise": "sequence", "samples": 8, "seed": 0, "partial": False}
+        scored = self.recent.add("bayes", "d", head, (), 0.5)
+        assert scored is not None
+        self.scored: Scored = scored
         self.score = 0.3
         self.lengths: list[tuple[int, int]] = []
         app = FastAPI()
@@ -42,7 +49,7 @@ class Server:
         app.add_middleware(ScoredCompletion)
         app.state.args = Namespace()
         install(app.state.args, Gate(bases=(BASE,)))
-        app.state.loramux = SimpleNamespace(registry=world.registry, tokenizer=Tokenizer())
+        app.state.loramux = SimpleNamespace(registry=world.registry, tokenizer=Tokenizer(), recent=self.recent)
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
             app.add_api_route(path, self.route, methods=["POST"])
         self.app = app
@@ -63,6 +70,7 @@ class Server:
                 for i, told in asked.choices.items():
                     told |= rule.judged({rule.score: self.score if n == 1 or i else -1})
             asked.tokens = 40
+            asked.scored = {i: self.scored for i in range(n)}
         if not body.get("stream"):
             logprobs = {"content": [{"token": "a"}, {"token": "b"}]} if body.get("logprobs") else None
             text = {"text": "said"} if "prompt" in body else {"message": {"role": "assistant", "content": "said"}}
@@ -369,3 +377,16 @@ async def test_who_may_not_use_a_model_cannot_be_routed_to_it(server: Server) ->
             answers.append(await client.post("/v1/chat/completions", json=body))
     assert [answer.status_code for answer in answers] == [404, 404]
     assert answers[0].text.replace("plain", "nobody") == answers[1].text and not server.seen
+
+
+async def test_feedback_finds_what_was_told_by_any_of_its_ids(server: Server) -> None:
+    await server.ask({}, n=2)
+    for choice in (0, 1):
+        assert server.recent.feedback("c", choice, ["bayes"], correct=True, label=None)[0] is server.scored
+    server.recent = server.app.state.loramux.recent = Recent()
+    await server.ask({}, stream=True)
+    assert server.recent.feedback("c", 0, ["bayes"], correct=True, label=None)[0] is server.scored
+    server.recent = server.app.state.loramux.recent = Recent()
+    await server.ask(above(0.2, action="route", route_to="plain"))  # the scores are not of what answered
+    with pytest.raises(AnswerNotFound):
+        server.recent.feedback("c", 0, ["bayes"], correct=True, label=None)

@@ -5,6 +5,7 @@ conformal                       sets of labels
 threshold                       when not to answer
 reliability                     how good confidences are
 items, fitting, calibration     labelled answers, what is made of them, and an answer with it
+histogram                       how far recent scores are from those of the items
 settings                        where it holds
 kept                            those that a server has
 """

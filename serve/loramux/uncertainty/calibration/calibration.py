@@ -15,6 +15,7 @@ import numpy as np
 from loramux.uncertainty.ask import Mode
 from loramux.uncertainty.calibration import conformal, temperature
 from loramux.uncertainty.calibration.conformal import Sets
+from loramux.uncertainty.calibration.histogram import Histogram
 from loramux.uncertainty.calibration.isotonic import Steps
 from loramux.uncertainty.calibration.platt import Sigmoid
 from loramux.uncertainty.calibration.settings import Settings
@@ -32,6 +33,7 @@ class Calibration:
     """Of one adapter version under one set of settings.
 
     score     what `map` is a function of; of a temperature, what only the threshold looks at
+    histogram how `score` was spread
     told      what is known of it: id, n, created, ece and brier before and after, threshold; as JSON
     limits    scores s(x_i, y_i) of the calibration items, sorted: what sets of labels are made with
     """
@@ -41,6 +43,7 @@ class Calibration:
     score: str
     map: float | Sigmoid | Steps
     told: dict[str, Any]
+    histogram: Histogram
     sets: Sets = Sets.LAC
     limits: Array | None = None
 
@@ -96,6 +99,7 @@ class Calibration:
                 "score": self.score,
                 "map": fitted,
                 "told": self.told,
+                "histogram": {"edges": self.histogram.edges, "counts": self.histogram.counts},
                 "sets": self.sets.value,
                 "limits": None if self.limits is None else self.limits.tolist(),
             },
@@ -118,6 +122,7 @@ def loaded(text: str) -> Calibration:
         value["score"],
         fitted,
         value["told"],
+        Histogram(*(tuple(value["histogram"][name]) for name in ("edges", "counts"))),
         Sets(value["sets"]),
         None if limits is None else np.array(limits),
     )

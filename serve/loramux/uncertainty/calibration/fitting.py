@@ -19,6 +19,7 @@ from loramux.uncertainty.ask import Mode
 from loramux.uncertainty.calibration import conformal, isotonic, platt, reliability, temperature, threshold
 from loramux.uncertainty.calibration.calibration import Calibration, Method
 from loramux.uncertainty.calibration.conformal import Sets
+from loramux.uncertainty.calibration.histogram import Histogram
 from loramux.uncertainty.calibration.isotonic import Steps
 from loramux.uncertainty.calibration.items import Items
 from loramux.uncertainty.calibration.platt import Sigmoid
@@ -61,6 +62,7 @@ def calibrate(
         score,
         _fit(items, score, best, np.arange(len(items))),
         _told(items, score, tried, best, risk),
+        Histogram.of(items.scores[score]),
         sets,
         _limits(items, sets),
     )

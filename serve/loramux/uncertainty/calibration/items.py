@@ -35,7 +35,7 @@ class Items:
         """Raises InvalidRequest if nothing can be learned from them."""
         n, ones = len(self.right), int(self.right.sum())
         if n < MIN_ITEMS:
-            raise InvalidRequest(f"{n} items are less than {MIN_ITEMS}.", hint=_HINT, param="data")
+            raise _too_few(n)
         if min(ones, n - ones) < MIN_OF_EACH:
             raise InvalidRequest(
                 f"{ones} of {n} answers are right: there must be {MIN_OF_EACH} right and {MIN_OF_EACH} wrong ones.",
@@ -56,6 +56,8 @@ def of_answers(told: Sequence[Mapping[str, Any]], settings: Settings, right: Seq
 
     Raises InvalidRequest, which names the item, for a field that is not of these settings or lacks its scores.
     """
+    if len(told) < MIN_ITEMS:
+        raise _too_few(len(told))
     for place, one in enumerate(told):
         _check(one, settings, place)
     names = [name for name in inputs(settings.mode) if all(is_number(one.get(name)) for one in told)]
@@ -66,6 +68,10 @@ def of_answers(told: Sequence[Mapping[str, Any]], settings: Settings, right: Seq
     p = np.array([[_probabilities(one)[label] for label in settings.labels] for one in told])
     label = np.array([settings.labels.index(str(one)) for one in right])
     return Items(p.argmax(1) == label, scores, confidence, p / p.sum(1, keepdims=True), label)
+
+
+def _too_few(n: int) -> InvalidRequest:
+    return InvalidRequest(f"{n} items are less than {MIN_ITEMS}.", hint=_HINT, param="data")
 
 
 def _check(told: Mapping[str, Any], settings: Settings, place: int) -> None:

@@ -21,10 +21,13 @@ class Calibrations:
 
     def of(self, version: Version) -> Iterator[Calibration]:
         """Those of one content of one adapter; oldest first."""
-        if version.artefact is not None:
-            for row in self._store.calibrations(version.name):
-                if row.digest == version.artefact.digest:
-                    yield loaded(row.content)
+        return self.of_content(version.name, version.artefact.digest) if version.artefact is not None else iter(())
+
+    def of_content(self, name: str, digest: str) -> Iterator[Calibration]:
+        """As `of`, by the whole digest. Any thread may ask."""
+        for row in self._store.calibrations(name):
+            if row.digest == digest:
+                yield loaded(row.content)
 
     def cards(self, adapter: Adapter) -> list[dict[str, Any]]:
         """What the API tells of those of an adapter's versions, the current one's first."""

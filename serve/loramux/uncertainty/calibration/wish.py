@@ -9,6 +9,7 @@ data         labelled answers, of these kinds:
                {"prompt" or "messages", "completion": TEXT, "correct": true}        score, fast: scored now
                {"uncertainty": {…}, "correct": true or "label": TEXT}               the field of an answer of before
                {"score": 0.41, "correct": true}                                     the score alone; all of this kind
+from         "feedback" in place of data: the answers of late that feedback was given on
 method       temperature (decide), platt or isotonic; left out: the one with the smallest Brier score
 score        what platt and isotonic are functions of, and the threshold is one of; left out: nll_ln, of decide total
 sets         of decide, how labels get into prediction sets: lac or aps
@@ -27,7 +28,7 @@ from loramux.uncertainty.calibration.calibration import Method
 from loramux.uncertainty.calibration.conformal import Sets
 from loramux.uncertainty.calibration.items import MAX_ITEMS
 
-_FIELDS = ("model", FIELD, "data", "method", "score", "sets", "risk")
+_FIELDS = ("model", FIELD, "data", "from", "method", "score", "sets", "risk")
 _SETTINGS = ("mode", "samples", "seed", "noise", "labels")
 _RISK = 0.1
 _HINT = 'Send {"model": NAME, "data": [{"prompt": TEXT, "completion": TEXT, "correct": true}, …]}.'
@@ -52,7 +53,7 @@ class Wish:
     model: str
     ask: Ask
     asked: dict[str, Any]  # the settings as they were sent
-    items: list[Item]
+    items: list[Item] | None  # None: those of feedback
     method: Method | None
     score: str | None
     sets: Sets
@@ -72,12 +73,7 @@ def wish_in(body: bytes) -> Wish:
     if not isinstance(value.get("model"), str) or not value["model"]:
         raise _invalid("model", "must be an adapter's name", _HINT)
     ask, asked = _settings(value.get(FIELD))
-    data = value.get("data")
-    if not isinstance(data, list) or not 0 < len(data) <= MAX_ITEMS:
-        raise _invalid("data", f"must be a list of 1 to {MAX_ITEMS} items", _HINT)
-    items = [_item(one, ask, f"data[{place}]") for place, one in enumerate(data)]
-    if len({item.score is None for item in items}) > 1:
-        raise _invalid("data", "has items that are a score alone, and others", "Send items of one kind.")
+    items = _items(value, ask)
     risk = value.get("risk", _RISK)
     if not is_share(risk):
         raise _invalid("risk", "must be a number between 0 and 1", "Leave it out for 0.1.")
@@ -95,6 +91,20 @@ def _settings(value: Any) -> tuple[Ask, dict[str, Any]]:
     if ask is None:
         raise _invalid(f"{FIELD}.mode", "tells no score", 'Send "mode": "score".')
     return ask, asked
+
+
+def _items(value: dict[str, Any], ask: Ask) -> list[Item] | None:
+    if (source := value.get("from")) is not None:
+        if source != "feedback" or "data" in value:
+            raise _invalid("from", 'can only be "feedback", and excludes `data`', _HINT)
+        return None
+    data = value.get("data")
+    if not isinstance(data, list) or not 0 < len(data) <= MAX_ITEMS:
+        raise _invalid("data", f"must be a list of 1 to {MAX_ITEMS} items", _HINT)
+    items = [_item(one, ask, f"data[{place}]") for place, one in enumerate(data)]
+    if len({item.score is None for item in items}) > 1:
+        raise _invalid("data", "has items that are a score alone, and others", "Send items of one kind.")
+    return items
 
 
 def _item(value: Any, ask: Ask, where: str) -> Item:
