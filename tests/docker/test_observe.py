@@ -12,8 +12,10 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from loramux.metrics import AdapterMetrics
-from loramux.metrics.routing import RoutingMetrics
+from loramux.metrics import AdapterMetrics, ReliabilityMetrics, RoutingMetrics, UncertaintyMetrics
+from loramux.registry import Store
+from loramux.uncertainty.calibration import Calibrations
+from loramux.uncertainty.recent import Recent
 
 from .prometheus import DASHBOARD, DOCKER, binary, panels, queries
 
@@ -24,7 +26,10 @@ HERE = Path(__file__).parent
 def families() -> dict[str, str]:
     """Every family of ours, with its type."""
     registry = CollectorRegistry()
-    RoutingMetrics(AdapterMetrics(registry).labels, registry)
+    labels = AdapterMetrics(registry).labels
+    RoutingMetrics(labels, registry)
+    UncertaintyMetrics(labels, registry)
+    ReliabilityMetrics(labels, Recent(), Calibrations(Store.in_memory()), registry)
     return {family.name: family.type for family in registry.collect()}
 
 

@@ -11,7 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
+from loramux_adapters import BaseModel
+
 from ..docker.prometheus import DASHBOARD, Prometheus, queries, scraping
+from . import bayesian
 
 pytestmark = pytest.mark.engine
 
@@ -34,18 +37,22 @@ def answers() -> Answers:
 
 @pytest.fixture(scope="module")
 def prometheus(
-    server: Any, spare_adapters: Any, answers: Answers, tmp_path_factory: pytest.TempPathFactory
+    server: Any, spare_adapters: Any, base_model: BaseModel, answers: Answers, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
     """Scraped while rounds of traffic went on until every query had an answer, or long enough."""
     broken = spare_adapters / "observed-broken"
     broken.mkdir()
     (broken / "adapter_config.json").write_text("{}")
+    doubt = bayesian.write(bayesian.make(base_model, sigma=0.05, seed=1), base_model, spare_adapters / "d.safetensors")
+    assert _put(server, "doubt", doubt).is_success
+    _calibrate(server)
     with scraping(server.url.removeprefix("http://"), tmp_path_factory.mktemp("prometheus")) as prometheus:
         _await_scrapes(prometheus)
         deadline = time.monotonic() + TRAFFIC_S
         while time.monotonic() < deadline and not answers.keys() | NO_DATA.keys() >= EXPRESSIONS.keys():
             for model in (*MODELS, MIXTURE):
                 _complete(server, model)
+            _doubt(server)
             assert _put(server, "observed", spare_adapters / "spare0", wait_s=0).is_success
             _complete(server, "observed")  # waits until it is loaded
             assert _put(server, "refused", broken).is_error
@@ -55,7 +62,8 @@ def prometheus(
                 numbers = _numbers(prometheus, title)
                 if numbers and all(map(math.isfinite, numbers)):  # a share of no requests is none yet
                     answers[title] = numbers
-        httpx.delete(f"{server.url}/v1/adapters/refused")
+        for name in ("refused", "doubt"):
+            httpx.delete(f"{server.url}/v1/adapters/{name}")
         yield prometheus
 
 
@@ -63,6 +71,30 @@ def _complete(server: Any, model: str) -> None:
     body = {"model": model, "prompt": "The lighthouse keeper wrote that", "max_tokens": 12, "ignore_eos": True}
     answer = server.post("/v1/completions", body)
     assert answer.status_code == 200, answer.text
+
+
+def _calibrate(server: Any) -> None:
+    """Decisions of `spam`, by scores of which the larger ones are wrong."""
+    data = [{"score": i / 60, "correct": i < 30} for i in range(40)]
+    asked = {"mode": "decide", "labels": ["spam", "ham"]}
+    card = server.post("/v1/uncertainty/calibrate", {"model": "spam", "uncertainty": asked, "data": data})
+    assert card.status_code == 200, card.text
+
+
+def _doubt(server: Any) -> None:
+    """Answers with scores, under draws and without; so many, with feedback, that something is told of all."""
+    asked = {"model": "doubt", "prompt": "The lighthouse keeper wrote that", "max_tokens": 4}
+    asked["uncertainty"] = {"samples": 2, "abstain_above": {"score": "total", "value": 0}}
+    assert server.post("/v1/completions", asked).json()["choices"][0]["uncertainty"]["abstained"]
+    for i in range(30):
+        body = {
+            "model": "spam",
+            "prompt": f"{i} times free",
+            "uncertainty": {"mode": "decide", "labels": ["spam", "ham"]},
+        }
+        answer = server.post("/v1/completions", body).json()
+        given = server.post("/v1/uncertainty/feedback", {"id": answer["id"], "correct": i % 3 > 0})
+        assert given.status_code == 200, given.text
 
 
 def _put(server: Any, name: str, source: Any, wait_s: float = 30) -> httpx.Response:
