@@ -14,7 +14,8 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from loramux.registry import AdapterRegistry, Store
+from loramux.registry import Store, Version
+from loramux.registry.store import SavedCalibration
 
 from ..fakes import BASE, FakePrepare, World
 
@@ -23,33 +24,49 @@ NAMES = ("a", "b", "c")
 CONTENTS = tuple("qrstuv")
 LONGEST_LIFE_S = 0.15
 
-Meaning = tuple[str | None, str | None, bool]  # digests of the current and previous version, pinned
+#: Digests of the current and previous version, pinned, and the calibrations of the current one.
+Meaning = tuple[str | None, str | None, bool, tuple[str, ...]]
 Told = dict[str, Meaning]
 
 
-def _meanings(registry: AdapterRegistry) -> Told:
+def _calibrations(store: Store, name: str, digest: str | None) -> tuple[str, ...]:
+    return tuple(row.id for row in store.calibrations(name) if row.digest == digest)
+
+
+def _meanings(world: World) -> Told:
+    def digest(version: Version | None) -> str | None:
+        return version.artefact.digest if version and version.artefact else None
+
     return {
         name: (
-            adapter.current.artefact.digest if adapter.current.artefact else None,
-            adapter.previous.artefact.digest if adapter.previous and adapter.previous.artefact else None,
+            digest(adapter.current),
+            digest(adapter.previous),
             adapter.pinned,
+            _calibrations(world.store, name, digest(adapter.current)),
         )
-        for name, adapter in registry.adapters().items()
+        for name, adapter in world.registry.adapters().items()
     }
 
 
 def _on_disk(state: Path, cache: Path) -> Told:
     store = Store.open(state, base=BASE, cache=cache)
     try:
-        return {row.name: (row.digest, row.previous_digest, row.pinned) for row in store.adapters()}
+        return {
+            row.name: (row.digest, row.previous_digest, row.pinned, _calibrations(store, row.name, row.digest))
+            for row in store.adapters()
+        }
     finally:
         store.close()
 
 
-async def _change(registry: AdapterRegistry, choice: random.Random, pipe: Connection) -> None:
-    name = choice.choice(NAMES)
+async def _change(world: World, choice: random.Random, pipe: Connection) -> None:
+    name, registry = choice.choice(NAMES), world.registry
     known = registry.adapters().get(name)
-    kinds = ["put"] if known is None else ["put", "put", "delete", "pin", *(["rollback"] if known.previous else [])]
+    kinds = (
+        ["put"]
+        if known is None
+        else ["put", "put", "delete", "pin", "calibrate", *(["rollback"] if known.previous else [])]
+    )
     kind, source = choice.choice(kinds), Path("/adapters") / choice.choice(CONTENTS)
     pipe.send((name, None))
     match kind:
@@ -61,7 +78,12 @@ async def _change(registry: AdapterRegistry, choice: random.Random, pipe: Connec
             await registry.pin(name, choice.random() < 0.5)
         case "rollback":
             await registry.rollback(name)
-    pipe.send((None, _meanings(registry)))
+        case "calibrate":
+            assert known is not None and known.current.artefact is not None
+            digest = known.current.artefact.digest
+            new = SavedCalibration(f"cal-{choice.random()}", name, digest, "{}")
+            world.store.keep_calibration(new, [row for row in world.store.calibrations(name) if row.digest == digest])
+    pipe.send((None, _meanings(world)))
 
 
 def _live(state: Path, cache: Path, seed: int, pipe: Connection) -> None:
@@ -72,14 +94,14 @@ def _live(state: Path, cache: Path, seed: int, pipe: Connection) -> None:
         await world.registry.start({})
         while world.registry._tasks._running:
             await asyncio.sleep(0.001)  # changes that the last life began, and reads it did not get to
-        pipe.send((None, _meanings(world.registry)))
+        pipe.send((None, _meanings(world)))
         choice = random.Random(seed)
         while True:
             try:
-                await _change(world.registry, choice, pipe)
+                await _change(world, choice, pipe)
             except Exception as error:  # a full pool, say: nothing has changed
                 assert type(error).__module__ == "loramux.errors", error
-                pipe.send((None, _meanings(world.registry)))
+                pipe.send((None, _meanings(world)))
 
     asyncio.run(change_for_ever())
 
@@ -127,7 +149,7 @@ async def _all_answer(state: Path, cache: Path) -> None:
     expected = _on_disk(state, cache)
     world = World(prepare=FakePrepare(cache), store=Store.open(state, base=BASE, cache=cache))
     await world.registry.start({})
-    for name, (digest, _, _) in expected.items():
+    for name, (digest, *_) in expected.items():
         version = await world.hold(name)
         assert version.artefact is not None and digest in (None, version.artefact.digest)
         world.registry.release(version)
