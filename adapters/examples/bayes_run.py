@@ -46,12 +46,12 @@ from loramux_adapters.train import (
 from loramux_adapters.variance import Variance, VarianceKind
 
 RESULTS = Path(__file__).with_name("bayes_results.jsonl")
-FIRST_LAYER = 26
+FIRST_LAYER = 28
 SHAPE = Shape(rank=8, alpha=16.0)
 MIXTURE = Shape(rank=4, alpha=16.0, experts=3)
 BATCH, DRAWS, SAMPLES, MEMBERS = 8, 2, 8, 5
 VALIDATION, TEST = 100, 300
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-3
 DROPOUT = 0.1
 SIGMA, PRIOR, KL_WEIGHT = 0.02, 0.05, 0.02
 OFFSET, WEIGHTS = 0.004, abmll.Weights(beta=1e-4, gamma=1e-6)
@@ -70,10 +70,10 @@ class Setting:
 
 _ALL = ("lora", "blob", "abmll", "mcdropout", "ensemble")
 SETTINGS = {
-    "reviews": Setting(REVIEWS, 256, 160, (*_ALL, "blob-mixture")),
+    "reviews": Setting(REVIEWS, 64, 160, (*_ALL, "blob-mixture")),
     "sarcasm-32": Setting(SARCASM, 32, 40, _ALL),
     "reviews-32": Setting(REVIEWS, 32, 40, _ALL),
-    "topics": Setting(TOPICS, 100, 100, ("lora", "blob", "blob-mixture")),
+    "topics": Setting(TOPICS, 100, 160, ("lora", "blob", "blob-mixture")),
 }
 
 
@@ -191,7 +191,7 @@ def learned(
     tasks = []
     for question in LEARNED:
         (rows,) = question.parts(archives, META_TEXTS)
-        loss = batches(trunk, trunk.texts(question, rows, answered=True), seed, DRAWS)
+        loss = batches(trunk, trunk.texts(question, rows), seed, DRAWS)
         tasks.append(abmll.Task(META_TEXTS, loss, loss))
     inner = Options(INNER_STEPS, LEARNING_RATE, warm_up=0, draws=DRAWS)
     outer = Options(META_STEPS, LEARNING_RATE, draws=DRAWS, seed=seed)
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--base", required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--archives", type=Path, default=Path.home() / ".cache/loramux/examples")
     parser.add_argument(
         "--cache", type=Path, default=Path.home() / ".cache/loramux/bayes", help="hidden states, ABMLL's θ"
@@ -226,7 +227,7 @@ def main() -> None:
             parts = split(trunk, setting.question, args.archives, setting.train, VALIDATION, TEST)
             experiment = Experiment(trunk, base, setting, parts, seed, args.cache)
             for method in setting.methods:
-                if (name, seed, method) in recorded():
+                if (name, seed, method) in recorded() or (args.methods and method not in args.methods):
                     continue
                 started = time.monotonic()
                 for row, found in experiment.run(method, args.archives):

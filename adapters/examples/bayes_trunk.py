@@ -16,6 +16,7 @@ from bayes_data import FOREIGN, MAX_TOKENS, Question
 from encode import Encoder
 from sources import Rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 BATCH = 50
 FOREIGN_TEXTS = 50  # of each set that a question is not about
@@ -23,8 +24,8 @@ FOREIGN_TEXTS = 50  # of each set that a question is not about
 
 @dataclass(frozen=True)
 class Texts:
-    """Hidden states below the adapted layers. prefix [1, P, d]; each of suffixes [T, d], where training texts end in
-    their answer; answers: indices of labels, -1 where there is none; labels: their tokens."""
+    """Hidden states below the adapted layers. prefix [1, P, d]; each of suffixes [T, d]; answers: indices of labels, -1
+    where there is none; labels: their tokens."""
 
     prefix: torch.Tensor
     suffixes: list[torch.Tensor]
@@ -37,6 +38,44 @@ class _Skipped(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor, **_: Any) -> torch.Tensor:
         return hidden
+
+
+class _LastLayer(torch.nn.Module):
+    """A Llama layer that computes nothing but keys and values of positions that nobody reads.
+
+    `rows` [N]: the position of each sequence that is read, counted from the end of the shared prefix; None: of none.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+        self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
+        self.rows: torch.Tensor | None = None
+
+    def forward(
+        self, hidden: torch.Tensor, *, position_embeddings: Any, past_key_values: Any, **_: Any
+    ) -> torch.Tensor:
+        attention = self.self_attn
+        normal = self.input_layernorm(hidden)
+        k, v = (_heads(layer(normal), attention.head_dim) for layer in (attention.k_proj, attention.v_proj))
+        cos, sin = position_embeddings
+        k, _ = apply_rotary_pos_emb(k, k, cos, sin)
+        k, v = past_key_values.update(k, v, attention.layer_idx)
+        if self.rows is None:
+            return hidden
+        sequences = torch.arange(len(hidden))
+        q = _heads(attention.q_proj(normal[sequences, self.rows][:, None]), attention.head_dim)
+        cos, sin = (part.expand(len(hidden), -1, -1)[sequences, self.rows][:, None] for part in (cos, sin))
+        q, _ = apply_rotary_pos_emb(q, q, cos, sin)
+        seen = torch.arange(k.shape[2]) <= (k.shape[2] - hidden.shape[1] + self.rows)[:, None]
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen[:, None, None], enable_gqa=True)
+        out = hidden[sequences, self.rows][:, None] + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        end: torch.Tensor = out + self.mlp(self.post_attention_layernorm(out))
+        return end
+
+
+def _heads(x: torch.Tensor, width: int) -> torch.Tensor:
+    return x.unflatten(-1, (-1, width)).transpose(1, 2)
 
 
 class Trunk:
@@ -53,6 +92,7 @@ class Trunk:
             layers[i] = _Skipped()
         for layer in layers[first:]:
             layer.self_attn.layer_idx -= first
+        self._last = layers[-1] = _LastLayer(layers[-1])
 
     @property
     def modules(self) -> list[str]:
@@ -61,14 +101,12 @@ class Trunk:
         layers = range(self.first, len(self.model.model.layers))
         return [f"model.layers.{i}.self_attn.{name}" for i in layers for name in names]
 
-    def texts(self, question: Question, rows: Rows, *, answered: bool = False) -> Texts:
+    def texts(self, question: Question, rows: Rows) -> Texts:
         """Hidden states of the question's prompts; from the cache folder if they were made before."""
         encoder: Any = Encoder.create(self.tokenizer, question)  # type: ignore[arg-type]
         tokens = [int(self.tokenizer.encode(label, add_special_tokens=False)[0]) for label in question.labels]
         ids = [encoder.suffix(encoder.cut(text, MAX_TOKENS)) for text, _ in rows]
         answers = [question.labels.index(label) if label in question.labels else -1 for _, label in rows]
-        if answered:
-            ids = [[*one, tokens[answer]] for one, answer in zip(ids, answers, strict=True)]
         name = hashlib.sha256(json.dumps([self.first, encoder.prefix, ids]).encode()).hexdigest()[:16]
         path = self._cache / f"hidden-{name}.pt"
         if not path.exists():
@@ -98,36 +136,33 @@ class Trunk:
                 found[i] = hidden[row, : len(suffixes[i])].clone()
         return first.clone(), found
 
-    def ends(self, texts: Texts, batch: Sequence[int], draws: int, positions: int) -> torch.Tensor:
-        """The last hidden states [N, positions, d] of some texts, the first N/draws of them under the first draw."""
+    def logits(self, texts: Texts, batch: Sequence[int], draws: int) -> torch.Tensor:
+        """Logits of the labels [N, K] after some prompts, the first N/draws of them under the first draw."""
         cache = DynamicCache()
         upper = self.model.model
+        self._last.rows = None
         upper(inputs_embeds=texts.prefix.expand(draws, -1, -1), past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(batch) // draws)
         # Padding is on the right, where nothing that counts attends to it.
         parts = [texts.suffixes[i] for i in batch]
         padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        self._last.rows = torch.tensor([len(part) - 1 for part in parts])
         hidden = upper(inputs_embeds=padded, past_key_values=cache, use_cache=True).last_hidden_state
-        return torch.stack([hidden[row, len(part) - positions : len(part)] for row, part in enumerate(parts)])
+        found: torch.Tensor = hidden[:, 0] @ self.model.lm_head.weight[texts.labels].T
+        return found
 
     def loss(self, texts: Texts, batch: Sequence[int], draws: int) -> torch.Tensor:
-        """Mean over texts that end in their answer of −log p(answer, end of turn | prompt)."""
-        logits = self.model.lm_head(self.ends(texts, batch, draws, 2))
-        answers = texts.labels[texts.answers[list(batch)]]
-        end = torch.full_like(answers, self.tokenizer.eos_token_id)
-        targets = torch.stack([answers, end], 1)
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()) * 2
+        """Mean over texts of −log P(answer | prompt) among the labels."""
+        return torch.nn.functional.cross_entropy(self.logits(texts, batch, draws), texts.answers[list(batch)])
 
     @torch.inference_mode()
     def log_probabilities(self, texts: Texts) -> torch.Tensor:
         """log P(label | prompt), of the labels alone, [N, K] float64: what `decide` reads."""
         order = sorted(range(len(texts.suffixes)), key=lambda i: len(texts.suffixes[i]))
-        head = self.model.lm_head.weight[texts.labels]
         found = torch.empty(len(order), len(texts.labels), dtype=torch.float64)
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
-            logits = self.ends(texts, batch, 1, 1)[:, 0] @ head.T
-            found[batch] = torch.log_softmax(logits.double(), -1)
+            found[batch] = torch.log_softmax(self.logits(texts, batch, 1).double(), -1)
         return found
 
 
@@ -146,7 +181,7 @@ def split(trunk: Trunk, question: Question, archives: Path, train: int, validati
     reported, chosen, learned = question.parts(archives, test, validation, train)
     foreign = [(text, "") for other in FOREIGN[question.name] for text, _ in other.rows(archives)[-FOREIGN_TEXTS:]]
     return Split(
-        trunk.texts(question, learned, answered=True),
+        trunk.texts(question, learned),
         trunk.texts(question, chosen),
         trunk.texts(question, reported),
         trunk.texts(question, foreign),
