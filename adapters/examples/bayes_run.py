@@ -167,16 +167,18 @@ class Experiment:
 
 
 def batches(trunk: Trunk, texts: Texts, seed: int, draws: int) -> Callable[[], torch.Tensor]:
-    """The loss of the next batch: passes over the texts in random order, what is left of one begins the next."""
+    """The loss of the next batch."""
+    order = shuffled(len(texts.suffixes), BATCH, seed)
+    return lambda: trunk.loss(texts, next(order), draws)
+
+
+def shuffled(count: int, batch: int, seed: int) -> Iterator[list[int]]:
+    """Passes over the texts in random order, without end; what is left of one begins the next."""
     dice, queue = random.Random(seed), list[int]()
-
-    def loss() -> torch.Tensor:
-        while len(queue) < BATCH:
-            queue.extend(dice.sample(range(len(texts.suffixes)), len(texts.suffixes)))
-        batch = [queue.pop(0) for _ in range(BATCH)]
-        return trunk.loss(texts, batch, draws)
-
-    return loss
+    while True:
+        while len(queue) < batch:
+            queue.extend(dice.sample(range(count), count))
+        yield [queue.pop(0) for _ in range(batch)]
 
 
 def learned(

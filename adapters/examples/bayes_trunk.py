@@ -43,7 +43,7 @@ class _Skipped(torch.nn.Module):
 class _LastLayer(torch.nn.Module):
     """A Llama layer that computes nothing but keys and values of positions that nobody reads.
 
-    `rows` [N]: the position of each sequence that is read, counted from the end of the shared prefix; None: of none.
+    `rows` [N, P]: the positions of each sequence that are read, counted from the end of the prefix; None: none.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -63,13 +63,13 @@ class _LastLayer(torch.nn.Module):
         k, v = past_key_values.update(k, v, attention.layer_idx)
         if self.rows is None:
             return hidden
-        sequences = torch.arange(len(hidden))
-        q = _heads(attention.q_proj(normal[sequences, self.rows][:, None]), attention.head_dim)
-        cos, sin = (part.expand(len(hidden), -1, -1)[sequences, self.rows][:, None] for part in (cos, sin))
+        sequences = torch.arange(len(hidden))[:, None]
+        q = _heads(attention.q_proj(normal[sequences, self.rows]), attention.head_dim)
+        cos, sin = (part.expand(len(hidden), -1, -1)[sequences, self.rows] for part in (cos, sin))
         q, _ = apply_rotary_pos_emb(q, q, cos, sin)
-        seen = torch.arange(k.shape[2]) <= (k.shape[2] - hidden.shape[1] + self.rows)[:, None]
-        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen[:, None, None], enable_gqa=True)
-        out = hidden[sequences, self.rows][:, None] + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        seen = torch.arange(k.shape[2]) <= (k.shape[2] - hidden.shape[1] + self.rows)[..., None]  # [N, P, keys]
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen[:, None], enable_gqa=True)
+        out = hidden[sequences, self.rows] + attention.o_proj(mixed.transpose(1, 2).flatten(2))
         end: torch.Tensor = out + self.mlp(self.post_attention_layernorm(out))
         return end
 
@@ -101,12 +101,17 @@ class Trunk:
         layers = range(self.first, len(self.model.model.layers))
         return [f"model.layers.{i}.self_attn.{name}" for i in layers for name in names]
 
-    def texts(self, question: Question, rows: Rows) -> Texts:
-        """Hidden states of the question's prompts; from the cache folder if they were made before."""
+    def texts(self, question: Question, rows: Rows, *, answered: bool = False) -> Texts:
+        """Hidden states of the question's prompts, with the answers behind them if `answered`.
+
+        From the cache folder if they were made before.
+        """
         encoder: Any = Encoder.create(self.tokenizer, question)  # type: ignore[arg-type]
         tokens = [int(self.tokenizer.encode(label, add_special_tokens=False)[0]) for label in question.labels]
         ids = [encoder.suffix(encoder.cut(text, MAX_TOKENS)) for text, _ in rows]
         answers = [question.labels.index(label) if label in question.labels else -1 for _, label in rows]
+        if answered:
+            ids = [[*one, tokens[answer]] for one, answer in zip(ids, answers, strict=True)]
         name = hashlib.sha256(json.dumps([self.first, encoder.prefix, ids]).encode()).hexdigest()[:16]
         path = self._cache / f"hidden-{name}.pt"
         if not path.exists():
@@ -136,8 +141,8 @@ class Trunk:
                 found[i] = hidden[row, : len(suffixes[i])].clone()
         return first.clone(), found
 
-    def logits(self, texts: Texts, batch: Sequence[int], draws: int) -> torch.Tensor:
-        """Logits of the labels [N, K] after some prompts, the first N/draws of them under the first draw."""
+    def ends(self, texts: Texts, batch: Sequence[int], draws: int, positions: int = 1) -> torch.Tensor:
+        """Last hidden states [N, positions, d] of some texts, the first N/draws of them under the first draw."""
         cache = DynamicCache()
         upper = self.model.model
         self._last.rows = None
@@ -146,10 +151,21 @@ class Trunk:
         # Padding is on the right, where nothing that counts attends to it.
         parts = [texts.suffixes[i] for i in batch]
         padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-        self._last.rows = torch.tensor([len(part) - 1 for part in parts])
-        hidden = upper(inputs_embeds=padded, past_key_values=cache, use_cache=True).last_hidden_state
-        found: torch.Tensor = hidden[:, 0] @ self.model.lm_head.weight[texts.labels].T
-        return found
+        self._last.rows = torch.tensor([range(len(part) - positions, len(part)) for part in parts])
+        hidden: torch.Tensor = upper(inputs_embeds=padded, past_key_values=cache, use_cache=True).last_hidden_state
+        return hidden
+
+    def logits(self, texts: Texts, batch: Sequence[int], draws: int) -> torch.Tensor:
+        """Logits of the labels [N, K] after some prompts."""
+        head: torch.Tensor = self.model.lm_head.weight[texts.labels]
+        return self.ends(texts, batch, draws)[:, 0] @ head.T
+
+    def written_loss(self, texts: Texts, batch: Sequence[int], draws: int) -> torch.Tensor:
+        """Mean over `answered` texts of −log p(answer, end of turn | prompt), among all tokens."""
+        logits = self.model.lm_head(self.ends(texts, batch, draws, 2))
+        answers = texts.labels[texts.answers[list(batch)]]
+        targets = torch.stack([answers, torch.full_like(answers, self.tokenizer.eos_token_id)], 1)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()) * 2
 
     def loss(self, texts: Texts, batch: Sequence[int], draws: int) -> torch.Tensor:
         """Mean over texts of −log P(answer | prompt) among the labels."""
