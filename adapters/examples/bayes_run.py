@@ -54,7 +54,7 @@ VALIDATION, TEST = 100, 300
 LEARNING_RATE = 3e-3
 DROPOUT = 0.1
 SIGMA, PRIOR, KL_WEIGHT = 0.2, 0.2, 0.005
-OFFSET, WEIGHTS = 0.004, abmll.Weights(beta=1e-4, gamma=1e-6)
+OFFSET, WEIGHTS = 0.03, abmll.Weights(beta=3e-2, gamma=1e-6)
 META_STEPS, INNER_STEPS, META_TEXTS = 60, 4, 48
 
 log = logging.getLogger("bayes_run")
