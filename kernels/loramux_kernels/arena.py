@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 
 ALIGNMENT = 128
@@ -25,6 +26,7 @@ class Extents:
         self._offsets = [0] if self.capacity else []
         self._sizes = [self.capacity] if self.capacity else []
         self._taken: dict[int, int] = {}
+        self._shared: Counter[int] = Counter()  # how many more have to give it
 
     @property
     def used(self) -> int:
@@ -70,8 +72,18 @@ class Extents:
             offsets.append(offset)
         return offsets
 
+    def share(self, offset: int) -> None:
+        """Have the range that `take` returned freed by one `give` more. KeyError if there is none at that offset."""
+        if offset not in self._taken:
+            raise KeyError(offset)
+        self._shared[offset] += 1
+
     def give(self, offset: int) -> None:
-        """Free the range that `take` returned. KeyError if there is none at that offset."""
+        """Free the range that `take` returned, if nobody shares it. KeyError if there is none at that offset."""
+        if self._shared[offset]:
+            self._shared[offset] -= 1
+            return
+        del self._shared[offset]
         size = self._taken.pop(offset)
         self.free += size
         i = bisect_left(self._offsets, offset)

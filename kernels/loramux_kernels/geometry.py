@@ -55,21 +55,25 @@ class Geometry:
         *,
         mag: Collection[str] = (),
         bias: Collection[str] = (),
+        borrowed: Collection[str] = (),
     ) -> Layouts:
         """How an adapter with these ranks per module lies at each site; arguments as of `AdapterPool.reserve`.
 
-        Raises UnknownModule, RankTooLarge, or ValueError for a gate without rank.
+        Raises UnknownModule, RankTooLarge, or ValueError for a gate, or a B that is borrowed, without rank.
         """
         by_site: dict[int, list[Part]] = {}
-        for module in dict.fromkeys((*ranks, *gates, *mag, *bias)):
+        for module in dict.fromkeys((*ranks, *gates, *mag, *bias, *borrowed)):
             i, j = self.find(module)
-            part = Part(ranks.get(module, 0), gates.get(module), module in mag, module in bias)
+            rank = ranks.get(module, 0)
+            part = Part(rank, gates.get(module), module in mag, module in bias, module in borrowed)
             if part.rank > self.max_rank:
                 raise RankTooLarge(module, part.rank, self.max_rank)
             if part.rank < 0:
                 raise ValueError(f"module {module}: rank {part.rank}")
             if part.gate and not part.rank:
                 raise ValueError(f"module {module}: a gate, but no rank")
+            if part.borrows and not part.rank:
+                raise ValueError(f"module {module}: a B to borrow, but no rank")
             if part != Part():
                 by_site.setdefault(i, [Part()] * len(self.sites[i].d_outs))[j] = part
         # Most layers are alike: one object for all of them makes the whole small to send and quick to make.

@@ -6,7 +6,8 @@
 Every array begins on an `arena.ALIGNMENT` boundary; scale, mag, bias and sums are float32 (sums float64 beside float64
 weights), expert and counts int32. Only routers that read LayerNorm(x) have sums: of their rows as they are stored,
 whatever rounding made of them.
-Counts are no weights: steps write them (`sequences.py`).
+Counts are no weights: steps write them (`sequences.py`). A slice may borrow its B: then it lies in another adapter's
+extent, at the same slice of the same site.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ WORD = 4
 
 
 class Part(NamedTuple):
-    """What an adapter brings to one slice of a site: rank rows of all its experts, their gate, and whether its
-    outputs have a multiplier of their own for the base linear's part, and a bias."""
+    """What an adapter brings to one slice of a site: rank rows of all its experts, their gate, whether its outputs
+    have a multiplier of their own for the base linear's part, and a bias, and whether B is another adapter's."""
 
     rank: int = 0
     gate: TokenGate | None = None
     mag: bool = False
     bias: bool = False
+    borrows: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Layout:
     parts: tuple[Part, ...]
     scale: int
     expert: int
-    b: tuple[int, ...]
+    b: tuple[int | None, ...]
     mag: tuple[int | None, ...]
     bias: tuple[int | None, ...]
     sums: tuple[int | None, ...]
@@ -56,13 +58,13 @@ class Layout:
         scale = aligned((rank_rows + router_rows) * d_in * itemsize)
         expert = scale + aligned(rank_rows * WORD)
         end = expert + (aligned(rank_rows * WORD) if router_rows else 0)
-        b: list[int] = []
+        b: list[int | None] = []
         mag: list[int | None] = []
         bias: list[int | None] = []
         sums: list[int | None] = []
         for part, d_out in zip(parts, d_outs, strict=True):
-            b.append(end)
-            end += aligned(part.rank * d_out * itemsize)
+            b.append(None if part.borrows else end)
+            end += 0 if part.borrows else aligned(part.rank * d_out * itemsize)
             for has, offsets in ((part.mag, mag), (part.bias, bias)):
                 offsets.append(end if has else None)
                 end += aligned(d_out * WORD) if has else 0
@@ -83,6 +85,11 @@ class Layout:
     def present(self) -> frozenset[int]:
         """The slices that the adapter changes."""
         return frozenset(j for j, part in enumerate(self.parts) if part != Part())
+
+    @cached_property
+    def borrowed(self) -> frozenset[int]:
+        """The slices whose B is another adapter's."""
+        return frozenset(j for j, part in enumerate(self.parts) if part.borrows)
 
     @cached_property
     def rank_rows(self) -> int:

@@ -2,6 +2,8 @@
 
 A slot goes through reserve → write each module, or the image piece by piece → publish → (served) → release. Until
 `publish` no step can see it; after `release` a step that still names it treats those rows as base rows.
+A slot may borrow B, module by module, from a published one, the *lender*: what it reads there stays in memory until
+both are released, in whatever order.
 
 Threads: everything belongs to the thread that runs the steps. What takes long can be done elsewhere, in another
 process too: `geometry` makes the layouts that `reserve_laid_out` takes, and with them an *image* is put together: the
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -41,6 +43,8 @@ class _Piece:
 
     offset: int
     layout: Layout
+    lender: int | None = None  # the extent that it borrows from
+    lent: Mapping[int, int] = field(default_factory=dict)  # slice -> where its B begins there
     weights: SlotWeights | None = None
 
 
@@ -172,9 +176,11 @@ class AdapterPool:
         *,
         mag: Collection[str] = (),
         bias: Collection[str] = (),
+        borrowed: Collection[str] = (),
     ) -> int:
         """Exact bytes, alignment included, that an adapter takes; arguments as of `reserve`."""
-        return sum(layout.nbytes for layout in self.geometry.layouts(ranks, gates, mag=mag, bias=bias).values())
+        layouts = self.geometry.layouts(ranks, gates, mag=mag, bias=bias, borrowed=borrowed)
+        return sum(layout.nbytes for layout in layouts.values())
 
     def reserve(
         self,
@@ -183,17 +189,24 @@ class AdapterPool:
         *,
         mag: Collection[str] = (),
         bias: Collection[str] = (),
+        borrowed: Collection[str] = (),
+        lender: int | None = None,
     ) -> int:
         """Take a slot and memory for an adapter with these ranks per module; all or nothing.
 
         A module in `gates` is a mixture of experts: its rank counts the rank rows of all its experts. Modules in
-        `mag` multiply the base linear's output, modules in `bias` add to it; they need no rank.
-        Raises PoolFull, UnknownModule, RankTooLarge, or ValueError for a gate without rank; then nothing has changed.
+        `mag` multiply the base linear's output, modules in `bias` add to it; they need no rank. Modules in `borrowed`
+        have the B of the published slot `lender`, which is theirs as long as they need it.
+        Raises PoolFull, UnknownModule, RankTooLarge, or ValueError for a gate without rank and for a B that the lender
+        does not have, or has borrowed itself; then nothing has changed.
         """
-        return self.reserve_laid_out(self.geometry.layouts(ranks, gates, mag=mag, bias=bias))
+        layouts = self.geometry.layouts(ranks, gates, mag=mag, bias=bias, borrowed=borrowed)
+        return self.reserve_laid_out(layouts, lender)
 
-    def reserve_laid_out(self, layouts: Layouts) -> int:
-        """`reserve` for layouts that this pool's geometry has made. Raises PoolFull; then nothing has changed."""
+    def reserve_laid_out(self, layouts: Layouts, lender: int | None = None) -> int:
+        """`reserve` for layouts that this pool's geometry has made. Raises PoolFull, or ValueError for something to
+        borrow that `lender` does not have; then nothing has changed."""
+        lent = self._lent(layouts, lender)
         sizes = [layout.nbytes for layout in layouts.values()]
         offsets = self._extents.take_all(sizes) if self.free_slots and sum(sizes) <= self.free_bytes else None
         if offsets is None:
@@ -204,8 +217,12 @@ class AdapterPool:
                 free_slots=self.free_slots,
             )
         slot = next(s for s in range(self.slots) if s not in self._residents)
+        pieces = {i: _Piece(offset, lay) for (i, lay), offset in zip(layouts.items(), offsets, strict=True)}
+        for i, (extent, b) in lent.items():
+            self._extents.share(extent)
+            pieces[i].lender, pieces[i].lent = extent, b
         self._residents[slot] = _Resident(
-            pieces={i: _Piece(offset, lay) for (i, lay), offset in zip(layouts.items(), offsets, strict=True)},
+            pieces=pieces,
             missing={i: set(layout.present) for i, layout in layouts.items()},
             image=deque(layouts),
         )
@@ -218,7 +235,7 @@ class AdapterPool:
         slot: int,
         module: str,
         a: Tensor,
-        b: Tensor,
+        b: Tensor | None,
         scale: Tensor,
         *,
         router: Tensor | None = None,
@@ -230,8 +247,9 @@ class AdapterPool:
 
         A module reserved with a gate, and no other, needs `router_EI`, a row per logit of the gate, and `expert_R`:
         which expert, or group of experts, each rank row belongs to. Likewise one reserved with mag or bias needs
-        `mag_O` or `bias_O`. Converts to the pool's dtypes. Raises UnknownModule, UnknownSlot, WrongShape, or
-        ValueError for an array too many or too few and for experts that do not exist, before it copies anything.
+        `mag_O` or `bias_O`, and one that borrows has no `b`. Converts to the pool's dtypes. Raises UnknownModule,
+        UnknownSlot, WrongShape, or ValueError for an array too many or too few and for experts that do not exist,
+        before it copies anything.
         """
         i, j = self.geometry.find(module)
         resident = self._resident(slot)
@@ -278,11 +296,14 @@ class AdapterPool:
         self._batch = None
 
     def release(self, slot: int) -> None:
-        """Free a slot and its memory, published or not. No running step may use it any more."""
+        """Free a slot and its memory, published or not; what others borrow of it, when they are released too. No
+        running step may use it any more."""
         resident = self._resident(slot)
         for i, piece in resident.pieces.items():
             self._sites[i].slots[slot] = None
             self._extents.give(piece.offset)
+            if piece.lender is not None:
+                self._extents.give(piece.lender)
         del self._residents[slot]
         self._rows.pop(slot, None)
         self._published[slot] = self._limited[slot] = False
@@ -361,16 +382,33 @@ class AdapterPool:
                     found.setdefault(part.gate.router, []).append(self._sites[i].first_gate + j)
         return found
 
+    def _lent(self, layouts: Layouts, lender: int | None) -> dict[int, tuple[int, dict[int, int]]]:
+        """Site -> the lender's extent there, and for each slice that borrows where in the arena its B begins."""
+        source = None if lender is None else self._residents.get(lender)
+        pieces = source.pieces if source is not None and source.published else {}
+        found = {}
+        for i in (i for i, layout in layouts.items() if layout.borrowed):
+            piece, b = pieces.get(i), {}
+            for j in layouts[i].borrowed:
+                own, rank = None if piece is None else piece.layout.b[j], layouts[i].parts[j].rank
+                if piece is None or own is None or piece.layout.parts[j].rank != rank:
+                    module = self.geometry.sites[i].modules[j]
+                    raise ValueError(f"slot {lender} has no B of its own of rank {rank} to lend for module {module}")
+                b[j] = piece.offset + own
+            if piece is not None:
+                found[i] = piece.offset, b
+        return found
+
     def _weights(self, site: int, piece: _Piece) -> SlotWeights:
         if piece.weights is None:
-            piece.weights = self._memory.at(self.geometry.sites[site], piece.offset, piece.layout)
+            piece.weights = self._memory.at(self.geometry.sites[site], piece.offset, piece.layout, piece.lent)
         return piece.weights
 
     def _describe(self, slot: int, site: int) -> None:
         """Prepare what steps will read about a site whose bytes have all come."""
         piece = self._residents[slot].pieces[site]
         columns = slice(self._columns[site], self._columns[site + 1])
-        self._rows[slot].numpy()[columns] = self._sites[site].table_row(piece.offset, piece.layout)
+        self._rows[slot].numpy()[columns] = self._sites[site].table_row(piece.offset, piece.layout, piece.lent)
         if not self._backend.tiled:
             self._sites[site].slots[slot] = self._weights(site, piece)
 

@@ -7,6 +7,7 @@ E experts of one slice.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -101,14 +102,15 @@ class Site:
         self.id = torch.tensor(next(_ids), dtype=torch.int64)
         _sites[int(self.id)] = self
 
-    def table_row(self, offset: int, layout: Layout) -> list[int]:
-        """What `table` holds for that adapter."""
+    def table_row(self, offset: int, layout: Layout, lent: Mapping[int, int]) -> list[int]:
+        """What `table` holds for an adapter whose extent begins at byte `offset`; `lent` as of `Memory.at`."""
         item = self.dtype.itemsize
         row = [offset // item, (offset + layout.scale) // WORD, (offset + layout.expert) // WORD, layout.rows]
         row += [int(layout.limited), int(layout.moments is not None)]
         first = 0
         for j, part in enumerate(layout.parts):
-            row += [first, part.rank, (offset + layout.b[j]) // item]
+            own = layout.b[j]
+            row += [first, part.rank, (lent[j] if own is None else offset + own) // item]
             row += [part.gate.experts, layout.logits[j], *part.gate.packed()] if part.gate else [0] * (2 + GATE_FIELDS)
             words = layout.mag[j], layout.bias[j], layout.counts[j], layout.sums[j]
             row += [0 if at is None else (offset + at) // WORD + 1 for at in words]

@@ -132,13 +132,15 @@ def adapter_of(
     return with_outputs(mixed(adapter, gates, generator), mag, bias, generator)
 
 
-def load(pool: AdapterPool, adapter: Adapter) -> int:
-    """Reserve, write and publish; the slot."""
+def load(pool: AdapterPool, adapter: Adapter, borrowed: Collection[str] = (), lender: int | None = None) -> int:
+    """Reserve, write and publish; the slot. Modules in `borrowed` have the lender's B."""
     gates = {module: w.gate for module, w in adapter.items() if w.gate is not None}
     mag, bias = ({m for m, w in adapter.items() if getattr(w, name) is not None} for name in ("mag", "bias"))
-    slot = pool.reserve({module: w.a.shape[0] for module, w in adapter.items()}, gates, mag=mag, bias=bias)
+    ranks = {module: w.a.shape[0] for module, w in adapter.items()}
+    slot = pool.reserve(ranks, gates, mag=mag, bias=bias, borrowed=borrowed, lender=lender)
     for module, w in adapter.items():
-        pool.write(slot, module, w.a, w.b, w.scale, router=w.router, expert=w.expert, mag=w.mag, bias=w.bias)
+        b = None if module in borrowed else w.b
+        pool.write(slot, module, w.a, b, w.scale, router=w.router, expert=w.expert, mag=w.mag, bias=w.bias)
     pool.publish(slot)
     return slot
 

@@ -6,7 +6,9 @@ That memory is the pool's arena, or any other: what is laid out elsewhere is cop
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +20,9 @@ from loramux_kernels.layout import WORD, Layout
 
 if TYPE_CHECKING:
     from loramux_kernels.sites import SiteSpec
+
+
+NOTHING_LENT: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class SliceGate:
 @dataclass(frozen=True)
 class SliceWeights:
     """Slice `index` of an adapter at a site: rows of h and A, columns of y, B transposed `b_RO`, and where it has
-    them float32 `mag_O` and `bias_O`."""
+    them float32 `mag_O` and `bias_O`. `borrows`: that B is another adapter's, and only read."""
 
     index: int
     rows: slice
@@ -45,6 +50,7 @@ class SliceWeights:
     gate: SliceGate | None = None
     mag: Tensor | None = None
     bias: Tensor | None = None
+    borrows: bool = False
 
     @property
     def rank(self) -> int:
@@ -72,7 +78,7 @@ class SlotWeights:
         index: int,
         module: str,
         a: Tensor,
-        b: Tensor,
+        b: Tensor | None,
         scale: Tensor,
         *,
         router: Tensor | None = None,
@@ -82,16 +88,16 @@ class SlotWeights:
     ) -> int:
         """Copy the arrays of slice `index`, whose linear is `module`, converting dtypes; returns bytes copied.
 
-        Raises WrongShape, or ValueError for an array too many or too few and for experts that do not exist, before
-        it copies anything.
+        `b` is None where the slice borrows it. Raises WrongShape, or ValueError for an array too many or too few and
+        for experts that do not exist, before it copies anything.
         """
         part = self.slices[index]
         copies = {
             "a": (a, self.a[part.rows]),
-            "b": (b, part.b),
             "scale": (scale, self.scale[part.rows]),
         }
         for name, tensor, target in (
+            ("b", b, None if part.borrows else part.b),
             ("router", router, self.a[part.gate.logits] if part.gate else None),
             ("expert", expert, part.gate.expert if part.gate else None),
             ("mag", mag, part.mag),
@@ -125,15 +131,24 @@ class Memory:
     def of(cls, memory: Tensor, dtype: torch.dtype) -> Memory:
         return cls(memory.view(dtype), memory.view(torch.float32), memory.view(torch.int32))
 
-    def at(self, site: SiteSpec, offset: int, layout: Layout) -> SlotWeights:
-        """The arrays of an adapter at `site`, whose extent begins at byte `offset`."""
+    def at(self, site: SiteSpec, offset: int, layout: Layout, lent: Mapping[int, int] = NOTHING_LENT) -> SlotWeights:
+        """The arrays of an adapter at `site`, whose extent begins at byte `offset`.
+
+        `lent`: slice -> where the B that it borrows begins, in bytes. Where nothing is said about it, its B is a
+        tensor without memory (device "meta").
+        """
         item, total, d_in = self.weights.itemsize, layout.rank_rows, site.d_in
         a = self.weights.as_strided((layout.rows, d_in), (d_in, 1), offset // item)
         scale = _words(self.floats, offset + layout.scale, total)
         slices: list[SliceWeights] = []
         row = col = 0
         for j, (part, d_out) in enumerate(zip(layout.parts, site.d_outs, strict=True)):
-            b = self.weights.as_strided((part.rank, d_out), (d_out, 1), (offset + layout.b[j]) // item)
+            own = layout.b[j]
+            at = lent.get(j) if own is None else offset + own
+            if at is None:
+                b = torch.empty(part.rank, d_out, dtype=self.weights.dtype, device="meta")
+            else:
+                b = self.weights.as_strided((part.rank, d_out), (d_out, 1), at // item)
             gate = None
             if part.gate:
                 first = layout.logits[j]
@@ -152,7 +167,7 @@ class Memory:
                 for at in (layout.mag[j], layout.bias[j])
             )
             rows, cols = slice(row, row + part.rank), slice(col, col + d_out)
-            slices.append(SliceWeights(j, rows, cols, b, gate, mag, bias))
+            slices.append(SliceWeights(j, rows, cols, b, gate, mag, bias, part.borrows))
             row, col = rows.stop, cols.stop
         return SlotWeights(a, scale, tuple(slices), layout.moments)
 

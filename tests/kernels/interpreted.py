@@ -100,7 +100,10 @@ def check(
     kinds = zip(RANKS, gates, outputs, strict=True)
     adapters = [adapter_of(SPECS, ranks, rules, *both, dtype, gen) for ranks, rules, both in kinds]
     hole = load(pool, adapters[0])
-    slots = np.array([*(load(pool, a) for a in adapters), -1], dtype=np.int32)
+    loaded = [load(pool, a) for a in adapters]
+    adapters.append({m: w._replace(a=w.a.flip(1)) for m, w in adapters[1].items()})
+    loaded.append(load(pool, adapters[-1], borrowed="o", lender=loaded[1]))
+    slots = np.array([*loaded, -1], dtype=np.int32)
     pool.release(hole)
     which, lengths = ragged_batch(
         popularity,

@@ -128,6 +128,7 @@ def test_the_readmes_memory_table_is_the_pools_own() -> None:
     wanted = {
         "rank 8": of(8),
         "rank 16": of(16),
+        "rank 16 with a borrowed B": of(16, borrowed=modules),
         "rank 16, DoRA and biases": of(16, mag=modules, bias=modules),
         "rank 64": of(64),
         "mixture of 8 experts of rank 16": mixture,

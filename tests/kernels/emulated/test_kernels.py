@@ -207,6 +207,25 @@ def test_a_row_has_its_bits_whatever_else_is_in_the_step_and_whoever_runs_first(
             assert same_bits(apply(pool, index, x[padded], y[padded])[: len(rows)], want[rows])
 
 
+@pytest.mark.parametrize("tokens", [DECODE, PREFILL])
+def test_b_may_be_that_of_another_slot(tokens: int) -> None:
+    pool, generator = make(), torch.Generator().manual_seed(3)
+    mean = adapters_of(MIXED, torch.bfloat16, generator)[4]
+    draw = {m: w._replace(a=w.a.flip(1)) for m, w in mean.items()}
+    lender = load(pool, mean)
+    slots = [load(pool, draw, "qo", lender), load(pool, draw)]
+    pool.release(lender)
+    for index, spec in enumerate(SPECS):
+        x, y = inputs(spec, [draw], np.array([0], np.int32), np.array([tokens], np.int32), torch.bfloat16, generator)
+        borrowed, own = (_of_one(pool, slot, tokens, index, x, y) for slot in slots)
+        assert same_bits(borrowed, own) and not same_bits(own, y)
+
+
+def _of_one(pool: AdapterPool, slot: int, tokens: int, index: int, x: Tensor, y: Tensor) -> Tensor:
+    pool.set_batch(np.array([slot], np.int32), np.array([tokens], np.int32))
+    return apply(pool, index, x, y)
+
+
 @pytest.mark.parametrize("tokens", [5, SMALL_STEP, PREFILL])
 def test_a_step_without_adapters_changes_nothing(tokens: int, emulator: Emulator) -> None:
     """As when a captured graph is replayed: the kernels run, over an empty plan, also after one that was not."""
