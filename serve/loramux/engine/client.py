@@ -19,13 +19,14 @@ class EngineDataPlane:
     def __init__(self, engine: Workers) -> None:
         self._engine = engine
 
-    async def load(self, version_id: int, artefact: Artefact) -> int:
-        """Copy an artefact into every worker's pool in bounded pieces; returns its bytes there.
+    async def load(self, version_id: int, artefact: Artefact, lender: int | None = None) -> int:
+        """Copy an artefact into every worker's pool in bounded pieces; returns its bytes there, without what it borrows
+        of the version `lender`.
 
         Raises PoolExhausted, AdapterRefused.
         """
         try:
-            await call(self._engine, "loramux_begin", version_id, str(artefact.path))
+            await call(self._engine, "loramux_begin", version_id, str(artefact.path), lender)
             while (progress := await call(self._engine, "loramux_advance", version_id))["state"] != "resident":
                 if progress["state"] == "failed":
                     raise _as_error(progress["error"])

@@ -25,16 +25,19 @@ _STAGERS_PER_LOAD = 2
 
 @dataclass(frozen=True)
 class Arrived:
-    """A version that steps may use. `mixture`: it has routers."""
+    """A version that steps may use. `nbytes`: its own; `mixture`: it has routers; `whole`: it has borrowed nothing."""
 
+    artefact: str
     slot: int
     nbytes: int
     mixture: bool
+    whole: bool
 
 
 @dataclass
 class _Load:
     artefact: str
+    lender: Arrived | None = None  # what of it is the same need not be copied
     attempt: int | None = None  # its number for the stager, once asked for
     stagers: int = 0
     slot: int | None = None
@@ -62,9 +65,10 @@ class Loads:
         self._loads: dict[int, _Load] = {}  # by version id, in the order in which they were begun
         self._attempts = itertools.count()
 
-    def begin(self, version_id: int, artefact: str) -> None:
+    def begin(self, version_id: int, artefact: str, lender: Arrived | None = None) -> None:
+        """`lender`: a whole version in the pool, which the new one may borrow B from; until `lends_no_more`."""
         self.abandon(version_id)
-        self._loads[version_id] = load = _Load(artefact)
+        self._loads[version_id] = load = _Load(artefact, lender)
         if load is self._first():
             with suppress(StagingEnded):  # the next turn sees it as well
                 self._ask(load)
@@ -86,6 +90,16 @@ class Loads:
         """Forget a load, if there is one, with all that it has reserved."""
         if (load := self._loads.pop(version_id, None)) is not None:
             self._drop(load)
+
+    def lends_no_more(self, slot: int) -> None:
+        """A slot is about to be released: what has not borrowed from it yet is loaded whole."""
+        for load in self._loads.values():
+            if load.lender is None or load.lender.slot != slot:
+                continue
+            load.lender = None  # the slot's number will be another's
+            if load.slot is None and load.attempt is not None:
+                self._staging.cancel(load.attempt)
+                load.attempt = None
 
     def close(self) -> None:
         self._staging.close()
@@ -126,7 +140,7 @@ class Loads:
                     message = f"The adapter has a capacity, and this engine cannot count tokens: {self._uncountable}."
                     self._fail(load, _error("adapter_unservable", message))
                     return True
-                load.slot = self._pool.reserve_laid_out(planned.layouts)
+                load.slot = self._pool.reserve_laid_out(planned.layouts, load.lender.slot if load.lender else None)
                 self._copies.wait_for_steps()
             case Staged() as staged:
                 assert load.slot is not None
@@ -141,14 +155,15 @@ class Loads:
 
     def _ask(self, load: _Load) -> int:
         load.attempt = next(self._attempts)
-        self._staging.begin(load.attempt, load.artefact)
+        self._staging.begin(load.attempt, load.artefact, load.lender.artefact if load.lender else None)
         return load.attempt
 
     def _publish(self, load: _Load) -> Arrived:
         assert load.slot is not None and load.planned is not None
         self._pool.publish(load.slot)
-        nbytes = sum(layout.nbytes for layout in load.planned.layouts.values())
-        return Arrived(load.slot, nbytes, load.planned.mixture)
+        layouts = load.planned.layouts.values()
+        nbytes, whole = sum(layout.nbytes for layout in layouts), not any(layout.borrowed for layout in layouts)
+        return Arrived(load.artefact, load.slot, nbytes, load.planned.mixture, whole)
 
     def _again(self, load: _Load) -> None:
         """The stager has died: another one, and the load from its start, unless that has been tried."""

@@ -38,6 +38,7 @@ class AdapterManager:
         self._settings = DataPlaneSettings.from_config(vllm_config.additional_config)
         self._device = device
         self._slots: dict[int, int] = {}  # version id -> slot
+        self._lenders: dict[int, Arrived] = {}  # those of them that have borrowed nothing
         self._in_dummy_run = False
         self.missing: set[str] = set()
         self.entropies = Entropies()
@@ -127,9 +128,9 @@ class AdapterManager:
 
     # -- between engine steps: what the API process calls
 
-    def begin(self, version_id: int, artefact: str) -> None:
-        """Have a lowered artefact read."""
-        self.loads.begin(version_id, artefact)
+    def begin(self, version_id: int, artefact: str, lender: int | None = None) -> None:
+        """Have a lowered artefact read. What is the same in the version `lender` is borrowed, if that is resident."""
+        self.loads.begin(version_id, artefact, None if lender is None else self._lenders.get(lender))
 
     def advance(self, version_id: int) -> dict[str, Any]:
         """Copy the next piece, if it has been read; a bounded pause between two steps.
@@ -140,6 +141,8 @@ class AdapterManager:
         progress = self.loads.advance(version_id)
         if isinstance(progress, Arrived):
             self._slots[version_id] = progress.slot
+            if progress.whole:
+                self._lenders[version_id] = progress
             if progress.mixture:
                 self.routing.add_mixture(progress.slot, version_id)
             return {"state": "resident", "bytes": progress.nbytes}
@@ -152,6 +155,8 @@ class AdapterManager:
         self.loads.abandon(version_id)
         if (slot := self._slots.pop(version_id, None)) is None:
             return False
+        self._lenders.pop(version_id, None)
+        self.loads.lends_no_more(slot)
         self.routing.remove_slot(slot)
         self.pool.release(slot)
         return True

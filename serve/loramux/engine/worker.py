@@ -46,8 +46,8 @@ class LoramuxWorker(PlatformWorker):
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         return self._mark(super().sample_tokens(*args, **kwargs))
 
-    def loramux_begin(self, version_id: int, artefact: str) -> None:
-        self._adapters.begin(version_id, artefact)
+    def loramux_begin(self, version_id: int, artefact: str, lender: int | None = None) -> None:
+        self._adapters.begin(version_id, artefact, lender)
 
     def loramux_advance(self, version_id: int) -> dict[str, Any]:
         return self._adapters.advance(version_id)

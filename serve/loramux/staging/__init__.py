@@ -1,6 +1,7 @@
 """A lowered adapter's way from its file to the memory that the device copies from, in a process beside the engine's.
 
     placement   the one form -> the arrays that the pool takes        stager    that process: file -> pieces of images
+    lending     which of them another adapter has already
     buffer      memory that both processes map, cut into pieces       staging   the engine's end of it
     messages    what the two say to each other                        launch    that process, started
     channel     how the engine says and hears it without waiting

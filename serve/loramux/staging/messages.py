@@ -34,8 +34,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Load:
+    """`lender`: the artefact of an adapter in the pool. B that is the same there, bit for bit, is left out."""
+
     load: int
     artefact: str
+    lender: str | None = None
 
 
 @dataclass(frozen=True)

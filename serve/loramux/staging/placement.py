@@ -20,7 +20,7 @@ class PoolArrays:
     """Arguments of `SlotWeights.fill` for one module."""
 
     a: torch.Tensor
-    b: torch.Tensor
+    b: torch.Tensor | None
     scale: torch.Tensor
     router: torch.Tensor | None = None
     expert: torch.Tensor | None = None

@@ -6,6 +6,7 @@ import os
 import traceback
 from collections import deque
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loramux.staging.buffer import StagingBuffer
+from loramux.staging.lending import borrowable
 from loramux.staging.messages import Cancel, Failed, Free, Load, Planned, Setup, Staged, ToEngine
 from loramux.staging.placement import pool_arrays
 from loramux_adapters import LoweredAdapter, open_artefact
@@ -66,7 +68,8 @@ class Stager:
             self._send(Failed(load.load, "adapter_unreadable", message, traceback.format_exc()))
             return
         try:
-            layouts = self._geometry.layouts(**reservation(adapter, self._biases))
+            borrowed = borrowable(adapter, load.lender) if load.lender is not None else frozenset()
+            layouts = self._geometry.layouts(**reservation(adapter, self._biases), borrowed=borrowed)
             self._send(Planned(load.load, layouts, bool(adapter.gates)))
             self._put(load.load, adapter, layouts)
         except (_Cancelled, _EngineGone):
@@ -97,13 +100,13 @@ class Stager:
             pieces.drop()
 
     def _lay_out(self, adapter: LoweredAdapter, index: int, layout: Layout, memory: Tensor, offset: int) -> None:
-        """Convert and copy all that the adapter has at a site."""
+        """Convert and copy all that the adapter has of its own at a site."""
         site = self._geometry.sites[index]
         weights = Memory.of(memory, self._geometry.dtype).at(site, offset, layout)
         for j in sorted(layout.present):
             module = site.modules[j]
             arrays = pool_arrays(adapter.sites[module], adapter.gates, self._biases.get(module))
-            weights.fill(j, module, **vars(arrays))
+            weights.fill(j, module, **vars(replace(arrays, b=None) if j in layout.borrowed else arrays))
 
     def take(self) -> int:
         """A piece of the buffer to write into, once there is one. Raises _Cancelled."""

@@ -34,9 +34,9 @@ class Staging:
         self._held: set[int] = set()  # pieces handed to us and not given back
         self._start()
 
-    def begin(self, load: int, artefact: str) -> None:
-        """Read an artefact once those asked for before have ended. Raises StagingEnded."""
-        self._send(Load(load, artefact))
+    def begin(self, load: int, artefact: str, lender: str | None = None) -> None:
+        """Read an artefact once those asked for before have ended; `lender` as of `Load`. Raises StagingEnded."""
+        self._send(Load(load, artefact, lender))
 
     def cancel(self, load: int) -> None:
         """Read no more of it. Pieces that are on their way come back by themselves."""

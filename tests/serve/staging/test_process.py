@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_kernels import Geometry, Memory, SiteSpec
 
 SETUP = Setup(Geometry((SiteSpec("o_proj", ("o_proj",), 24, (16,)),), torch.bfloat16, 64, 16), {}, 256, 2)
+LINE = 128
 SITE = LoweredSite(torch.randn(5, 24), torch.randn(5, 16), torch.rand(5))
 
 ENGINE = """
@@ -97,6 +99,18 @@ def check_load(staging: Staging, load: int, artefact: str) -> None:
     assert torch.equal(weights.slices[0].b, SITE.b.bfloat16())
 
 
+def check_borrower(staging: Staging, load: int, folder: Path, lender: str) -> None:
+    adapter = LoweredAdapter("lora", {"o_proj": replace(SITE, a=SITE.a + 1)})
+    staging.begin(load, str(write_artefact(adapter, "base", digest_of(adapter), folder)), lender)
+    planned = receive(staging, load)
+    assert isinstance(planned, Planned) and planned.layouts[0].borrowed == {0}
+    whole = image(staging, load)
+    assert whole.numel() == planned.layouts[0].nbytes == 2 * LINE + LINE  # A, scale
+    weights = Memory.of(whole, torch.bfloat16).at(SETUP.geometry.sites[0], 0, planned.layouts[0])
+    assert torch.equal(weights.a, (SITE.a + 1).bfloat16()) and torch.equal(weights.scale, SITE.scale)
+    assert weights.slices[0].b.is_meta
+
+
 def children() -> set[int]:
     listed = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return {int(pid) for pid in listed if b"loramux.staging" in Path(f"/proc/{pid}/cmdline").read_bytes()}
@@ -121,6 +135,7 @@ def test_another_process_stages_the_adapter_and_can_be_killed(
         staging.begin(2, artefact)
     staging.restart()
     check_load(staging, 3, artefact)
+    check_borrower(staging, 4, Path(artefact).parent, artefact)
     assert len(children() - others) == 1
 
 
