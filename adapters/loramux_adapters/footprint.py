@@ -1,9 +1,12 @@
 """How much of the server's adapter memory an adapter takes, told without a server."""
 
+from typing import Any
+
 import torch
 
 from loramux_adapters.base_model import BaseModel
 from loramux_adapters.lowered import LoweredAdapter
+from loramux_adapters.posterior.describe import drawn_ranks, kept_b
 from loramux_adapters.token_gates import reservation
 from loramux_kernels import Geometry, SiteSpec
 from loramux_kernels.sequences import ROWS_PER_SEQUENCE
@@ -19,8 +22,19 @@ def pool_bytes(adapter: LoweredAdapter, base: BaseModel, dtype: torch.dtype, max
 
     The adapter passed `check_servable`.
     """
-    geometry = Geometry(site_specs(base), dtype, max(1, adapter.rank), ROWS_PER_SEQUENCE * max_requests)
-    return sum(layout.nbytes for layout in geometry.layouts(**reservation(adapter, base.biased)).values())
+    return _bytes(reservation(adapter, base.biased), base, dtype, max_requests)
+
+
+def draw_pool_bytes(adapter: LoweredAdapter, base: BaseModel, dtype: torch.dtype, max_requests: int = 0) -> int:
+    """`pool_bytes` of a draw beside its mean, whose B it borrows where no draw changes it; at most."""
+    reserved = reservation(adapter, base.biased) | {"ranks": drawn_ranks(adapter), "borrowed": kept_b(adapter)}
+    return _bytes(reserved, base, dtype, max_requests)
+
+
+def _bytes(reserved: dict[str, Any], base: BaseModel, dtype: torch.dtype, max_requests: int) -> int:
+    max_rank = max(1, *reserved["ranks"].values())
+    geometry = Geometry(site_specs(base), dtype, max_rank, ROWS_PER_SEQUENCE * max_requests)
+    return sum(layout.nbytes for layout in geometry.layouts(**reserved).values())
 
 
 def site_specs(base: BaseModel) -> tuple[SiteSpec, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loramux.units import format_bytes
 
@@ -25,6 +25,7 @@ class MemoryPlan:
     max_rank: int
     kv_cache: str
     score_bytes: int = 0  # probabilities that are summed over draws
+    draws: dict[str, int] = field(default_factory=dict)  # of Bayesian ones -> bytes of a draw beside its mean
     unread: int = 0  # adapters whose bytes are not known yet
 
     @property
@@ -45,7 +46,7 @@ class MemoryPlan:
             f"device          {self.device}, {self.dtype}",
             f"adapter memory  {format_bytes(self.adapter_bytes)}, {format_bytes(self.used)} used by "
             f"{len(sizes)} adapters, ranks up to {self.max_rank}",
-            *(f"  {name:<14}{format_bytes(size)}" for name, size in sizes[:LISTED]),
+            *(f"  {name:<14}{format_bytes(size)}{self._a_draw(name)}" for name, size in sizes[:LISTED]),
         ]
         if len(sizes) > LISTED:
             rows.append(f"  … and {len(sizes) - LISTED} more")
@@ -59,6 +60,9 @@ class MemoryPlan:
         if self.score_bytes:
             rows.append(f"score memory    {format_bytes(self.score_bytes)}")
         return [*rows, f"KV cache        {self.kv_cache}"]
+
+    def _a_draw(self, name: str) -> str:
+        return f", a draw {format_bytes(self.draws[name])} more" if name in self.draws else ""
 
 
 def rank_limit(asked: int | None, ranks: Sequence[int]) -> int:

@@ -102,6 +102,7 @@ class FakePosteriors:
         self.described: list[str] = []
         self.samples: int | None = None
         self.growth, self.rank = 1, 8  # of a draw: its bytes, as a multiple of the mean's
+        self.shared = 0.0  # how much of a draw is its mean's
         self.same = False  # every draw has one content, as without noise
 
     def describe(self, artefact: Artefact) -> Posterior:
@@ -109,6 +110,9 @@ class FakePosteriors:
         if self.error is not None:
             raise self.error
         return Posterior("ensemble", 1, 100, self.samples, self.growth * artefact.summary.nbytes, self.rank, ())
+
+    def draw_bytes(self, artefact: Artefact) -> int:
+        return int(self.growth * artefact.summary.nbytes * (1 - self.shared))
 
     def draw(self, artefact: Artefact, *, seed: int, sample: int) -> Artefact:
         self.made.append((artefact.digest, seed, sample))
@@ -127,13 +131,25 @@ class FakeDataPlane:
     def __init__(self, capacity: int = 10**6) -> None:
         self.capacity = capacity
         self.resident: dict[int, int] = {}  # version id -> bytes
+        self.lent: dict[int, int] = {}  # version id -> whose bytes it uses
+        self.shared = 0.0  # how much of a version its lender has already
         self.log: list[tuple[str, int]] = []
         self.error: Exception | None = None
         self.errors: list[Exception] = []  # of the next loads, one each
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def load(self, version_id: int, artefact: Artefact) -> int:
+    async def load(self, version_id: int, artefact: Artefact, lender: int | None = None) -> int:
+        if lender is not None:
+            self.lent[version_id] = lender
+        try:
+            return await self._load(version_id, artefact, lender)
+        except BaseException:
+            self.lent.pop(version_id, None)
+            raise
+
+    async def _load(self, version_id: int, artefact: Artefact, lender: int | None) -> int:
+        assert lender is None or (lender in self.resident and lender not in self.lent)
         await self.gate.wait()
         await asyncio.sleep(0)
         if self.errors:
@@ -141,6 +157,8 @@ class FakeDataPlane:
         if self.error is not None:
             raise self.error
         size = artefact.summary.nbytes
+        if lender is not None:
+            size -= int(size * self.shared)
         free = self.capacity - sum(self.resident.values())
         if size > free:
             raise PoolExhausted.of(size, free)
@@ -152,6 +170,8 @@ class FakeDataPlane:
     async def unload(self, version_id: int) -> None:
         await self.gate.wait()
         await asyncio.sleep(0)
+        assert version_id not in self.lent.values(), "its bytes would not be free"
+        self.lent.pop(version_id, None)
         del self.resident[version_id]
         self.log.append(("unload", version_id))
 

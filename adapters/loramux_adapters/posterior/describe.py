@@ -8,7 +8,7 @@ import torch
 from loramux_adapters.artefact import Artefact, open_artefact
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_adapters.posterior.draw import samples
-from loramux_adapters.posterior.families import ranks_added
+from loramux_adapters.posterior.families import keeps_b, ranks_added
 
 # Half a unit in the last place of a number near 1 in bfloat16: what is smaller is rounded away.
 _BFLOAT16 = 2.0**-8
@@ -22,7 +22,8 @@ class Posterior:
     sites       how many sites have one
     parameters  numbers that it is made of, the mean's not counted
     samples     how many different draws there are, None without a limit
-    draw_bytes  bytes of the tensors of one draw, in the dtypes that they are stored in, at most
+    draw_bytes  bytes of the tensors that one draw has of its own, in the dtypes that they are stored in, at most; B,
+                where no draw changes it, is its mean's
     draw_rank   the largest rank that a draw may have at a site
     warnings    what makes draws less than they should be
     """
@@ -56,9 +57,25 @@ def posterior_of(adapter: Artefact | LoweredAdapter) -> Posterior | None:
         sites=len(sites),
         parameters=sum(tensor.numel() for variance in variances for tensor in variance.tensors.values()),
         samples=samples(adapter),
-        draw_bytes=adapter.mean.nbytes() + sum(_bytes_added(site) for site in sites.values()),
-        draw_rank=max(site.rank + _added(site) for site in adapter.sites.values()),
+        draw_bytes=adapter.mean.nbytes()
+        + sum(_bytes_added(site) for site in sites.values())
+        - sum(adapter.sites[module].b.nbytes for module in kept_b(adapter)),
+        draw_rank=max(drawn_ranks(adapter).values()),
         warnings=tuple(_warnings(sites)),
+    )
+
+
+def drawn_ranks(adapter: LoweredAdapter) -> dict[str, int]:
+    """The ranks of a draw, at most."""
+    return {module: site.rank + _added(site) for module, site in adapter.sites.items()}
+
+
+def kept_b(adapter: LoweredAdapter) -> frozenset[str]:
+    """The modules that have ranks, and in every draw the mean's B, bit for bit."""
+    return frozenset(
+        module
+        for module, site in adapter.sites.items()
+        if site.rank and (site.variance is None or keeps_b(site.variance))
     )
 
 

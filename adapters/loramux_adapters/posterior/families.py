@@ -32,6 +32,11 @@ def ranks_added(variance: Variance) -> int:
     return SKETCHES * (len(variance.tensors["std_a"]) + 1)
 
 
+def keeps_b(variance: Variance) -> bool:
+    """Whether every draw has the mean's B, bit for bit."""
+    return variance.kind in _OF_A
+
+
 def _diagonal(module: str, site: LoweredSite, variance: Variance, noise: Noise) -> LoweredSite:
     changed: dict[str, Any] = {
         name: _plus(getattr(site, name), _scaled(variance.tensors[sigma], module, stream, noise))
@@ -109,6 +114,8 @@ def _plus(mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
 
 
 _FACTORS = (("a", "sigma_a", Stream.A), ("b", "sigma_b", Stream.B))
+_OF_A = frozenset({VarianceKind.DIAGONAL_A, VarianceKind.RANK_DIAGONAL, VarianceKind.DROPOUT})
+"""Which kinds leave B as it is."""
 _LAWS: Mapping[VarianceKind, Callable[[str, LoweredSite, Variance, Noise], LoweredSite]] = {
     VarianceKind.DIAGONAL_A: _diagonal,
     VarianceKind.DIAGONAL_AB: _diagonal,

@@ -9,7 +9,7 @@ from pathlib import Path
 from loramux import supervisor
 from loramux.bases import prepare_base
 from loramux.cli.base import read_layers
-from loramux.cli.start_adapters import FEW, check, composed_folder, find, memory_of, open_store
+from loramux.cli.start_adapters import FEW, check, composed_folder, draw_memory_of, find, memory_of, open_store
 from loramux.config import ServeConfig, parse
 from loramux.console import box, say
 from loramux.errors import ConfigError, LoramuxError
@@ -65,14 +65,23 @@ def run(config: ServeConfig) -> int:
     known = check(adapters, read, store, all_of_them=config.dry_run)
 
     few = len(known) <= FEW
-    measure = functools.partial(
-        memory_of, base=base, item_bytes=arguments.item_bytes(args), max_requests=arguments.max_requests(args)
-    )
+
+    def exact(name: str) -> bool:
+        return few or adapters[name].required
+
+    item_bytes, requests = arguments.item_bytes(args), arguments.max_requests(args)
+    measure = functools.partial(memory_of, base=base, item_bytes=item_bytes, max_requests=requests)
+    measure_draw = functools.partial(draw_memory_of, base=base, item_bytes=item_bytes, max_requests=requests)
     plan = MemoryPlan(
         device=arguments.device_name(),
         dtype=str(args.dtype),
         adapter_bytes=arguments.adapter_bytes(config.adapter_memory),
-        adapters={name: measure(artefact, exact=few or adapters[name].required) for name, artefact in known.items()},
+        adapters={name: measure(artefact, exact=exact(name)) for name, artefact in known.items()},
+        draws={
+            name: measure_draw(artefact)
+            for name, artefact in known.items()
+            if artefact.summary.bayesian and exact(name)
+        },
         max_rank=rank_limit(config.max_rank, [artefact.summary.rank for artefact in known.values()]),
         kv_cache=arguments.kv_cache_line(args),
         score_bytes=config.score_memory,
@@ -101,7 +110,7 @@ def run(config: ServeConfig) -> int:
         base=served_name,
         prepare=read,
         compose=functools.partial(compose, base=base, cache=made, max_rank=plan.max_rank),
-        posteriors=Posteriors(made / "draws", max_rank=plan.max_rank),
+        posteriors=Posteriors(made / "draws", max_rank=plan.max_rank, draw_bytes=measure_draw),
         store=store,
         # What was just read is not read twice.
         adapters={name: replace(given, artefact=known.get(name)) for name, given in adapters.items()},

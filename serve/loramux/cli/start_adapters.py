@@ -17,7 +17,7 @@ from loramux.errors import ConfigError
 from loramux.paths import cache_dir
 from loramux.registry import Given, Prepare, Store, read_source
 from loramux_adapters import AdapterError, Artefact, BaseModel, open_artefact
-from loramux_adapters.footprint import pool_bytes
+from loramux_adapters.footprint import draw_pool_bytes, pool_bytes
 from loramux_adapters.native import VERSION
 
 #: So many adapters in --adapters folders are read before the server is ready; more are read while it serves.
@@ -97,6 +97,11 @@ def memory_of(artefact: Artefact, base: BaseModel, item_bytes: int, *, max_reque
             return pool_bytes(open_artefact(artefact.path), base, _DTYPES[item_bytes], max_requests)
     stored = 2 if artefact.summary.dtype in ("bfloat16", "float16") else 4
     return artefact.summary.nbytes * item_bytes // stored
+
+
+def draw_memory_of(artefact: Artefact, base: BaseModel, item_bytes: int, *, max_requests: int) -> int:
+    """Bytes of one draw of a Bayesian adapter in the pool, beside its mean, at most. Raises AdapterError."""
+    return draw_pool_bytes(open_artefact(artefact.path), base, _DTYPES[item_bytes], max_requests)
 
 
 def open_store(config: ServeConfig, base: BaseModel, port: int, cache: Path) -> Store:

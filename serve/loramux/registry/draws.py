@@ -31,6 +31,7 @@ SAMPLES, MAX_SAMPLES = 8, 64
 _DESCRIBED = 1024
 
 Key = tuple[str, int, int]  # digest of the mean, seed, sample
+Described = tuple[Posterior, int]  # and the bytes of a draw on the device
 Lease = Callable[[Version], Awaitable[None]]
 
 
@@ -46,7 +47,7 @@ class Draws:
     ) -> None:
         self._made: Made[Key] = Made(residency, kept=kept)
         self._posteriors = posteriors
-        self._described: dict[str, Posterior] = {}  # by digest, the last that were asked for
+        self._described: dict[str, Described] = {}  # by digest, the last that were asked for
         self._changes = changes
         self._residency = residency
         self._capacity_bytes = capacity_bytes
@@ -62,7 +63,7 @@ class Draws:
 
     async def samples(self, mean: Version, asked: int | None) -> int:
         """See `AdapterRegistry.samples`."""
-        posterior = await self._describe(mean)
+        posterior, draw_bytes = await self._describe(mean)
         most = MAX_SAMPLES if posterior.samples is None else posterior.samples
         if asked is not None and asked > most:
             raise InvalidRequest(
@@ -71,36 +72,37 @@ class Draws:
                 param="uncertainty.samples",
             )
         samples = min(SAMPLES, most) if asked is None else asked
-        self._check_room(mean, posterior, samples)
+        self._check_room(mean, posterior.draw_rank, draw_bytes, samples)
         return samples
 
-    async def _describe(self, mean: Version) -> Posterior:
+    async def _describe(self, mean: Version) -> Described:
         assert mean.artefact is not None
         digest = mean.artefact.digest
         if (found := self._described.pop(digest, None)) is None:
             try:
-                found = await asyncio.to_thread(self._posteriors.describe, mean.artefact)
+                found = await asyncio.to_thread(self._read, mean.artefact)
             except (AdapterError, OSError) as error:
                 raise as_loramux_error(error, mean.source) from None
-            assert found is not None
         self._described[digest] = found
         while len(self._described) > _DESCRIBED:
             del self._described[next(iter(self._described))]
         return found
 
-    def _check_room(self, mean: Version, posterior: Posterior, samples: int) -> None:
-        assert mean.artefact is not None
-        if posterior.draw_rank > self._posteriors.max_rank:
+    def _read(self, artefact: Artefact) -> Described:
+        posterior = self._posteriors.describe(artefact)
+        assert posterior is not None
+        return posterior, self._posteriors.draw_bytes(artefact)
+
+    def _check_room(self, mean: Version, rank: int, draw: int, samples: int) -> None:
+        if rank > self._posteriors.max_rank:
             raise DrawsDoNotFit(
-                f"A draw of {mean.name!r} has rank {posterior.draw_rank}; the largest that is served is "
-                f"{self._posteriors.max_rank}.",
-                hint=f"Restart the server with --max-lora-rank {posterior.draw_rank}.",
+                f"A draw of {mean.name!r} has rank {rank}; the largest that is served is {self._posteriors.max_rank}.",
+                hint=f"Restart the server with --max-lora-rank {rank}.",
                 param="uncertainty",
             )
         size = mean.resident_bytes
-        draw = size * posterior.draw_bytes / max(mean.artefact.summary.nbytes, 1)  # in the pool's dtype, as the mean
         if draw and samples * draw + size > self._capacity_bytes:
-            most = int((self._capacity_bytes - size) / draw)
+            most = (self._capacity_bytes - size) // draw
             less = f'Send "samples": {most} or fewer, or restart' if most >= 2 else "Restart"
             raise DrawsDoNotFit(
                 f"{samples} draws of {mean.name!r} and their mean need {format_bytes(samples * draw + size)}, adapter "
@@ -118,7 +120,9 @@ class Draws:
             versions = []
             for sample in range(samples):
                 new = functools.partial(self._new, artefact, seed, sample)
-                versions.append(held.enter_context(self._made.held((artefact.digest, seed, sample), new)))
+                version = held.enter_context(self._made.held((artefact.digest, seed, sample), new))
+                version.lender = mean  # or another adapter's, with the same content
+                versions.append(version)
 
             async def take(version: Version) -> None:
                 await lease(version)

@@ -63,6 +63,10 @@ class Version:
     waiting: int = 0  # requests that wait for it: it is not evicted before they had it
     resident_bytes: int = 0
     needed_bytes: int = 0  # what it took when it was resident; 0 before that
+    needed_beside: bool = False  # … with what another lent it not counted
+    lender: Version | None = None  # of a draw: its mean, which has the same B; it borrows that if it finds it resident
+    borrowed_from: Version | None = None  # who lends to it, or to the copy on its way
+    borrowers: dict[Version, None] = field(default_factory=dict)  # to whom it lends: it does not leave before them
     loads: int = 0  # since it was read
     mended: bool = False  # its artefact was unreadable, and read from the source again
     load_seconds: dict[str, float] = field(default_factory=dict)  # of the last read, verify and copy
@@ -104,6 +108,17 @@ class Version:
         """No name leads here any more. What is on the device still has to be drained."""
         self.retired, self.pinned = True, False
         self._bury()
+
+    def borrow(self, lender: Version) -> None:
+        self.borrowed_from = lender
+        lender.borrowers[self] = None
+
+    def give_back(self) -> Version | None:
+        """Borrow no more; who lent, if anybody did."""
+        lender, self.borrowed_from = self.borrowed_from, None
+        if lender is not None:
+            del lender.borrowers[self]
+        return lender
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

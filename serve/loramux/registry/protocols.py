@@ -28,12 +28,15 @@ class Compose(Protocol):
 
 
 class Posteriors(Protocol):
-    """Of prepared Bayesian adapters; both methods run in worker threads, and raise AdapterError or OSError."""
+    """Of prepared Bayesian adapters; all methods run in worker threads, and raise AdapterError or OSError."""
 
     max_rank: int  # the largest that is served
 
     def describe(self, artefact: Artefact) -> Posterior | None:
         """What its posterior is; None if it has none."""
+
+    def draw_bytes(self, artefact: Artefact) -> int:
+        """Bytes on the device of one draw beside its mean, at most."""
 
     def draw(self, artefact: Artefact, *, seed: int, sample: int) -> Artefact:
         """One draw from it."""
@@ -42,8 +45,10 @@ class Posteriors(Protocol):
 class DataPlane(Protocol):
     """The device side of an adapter version."""
 
-    async def load(self, version_id: int, artefact: Artefact) -> int:
+    async def load(self, version_id: int, artefact: Artefact, lender: int | None = None) -> int:
         """Copy an artefact into the pool, between engine steps; returns its bytes there.
+
+        What is the same in the version `lender` it may borrow, and not count: the lender is unloaded after it.
 
         Raises PoolExhausted, AdapterRefused (`adapter_unreadable` when the artefact is damaged); then nothing of it
         is left on the device.

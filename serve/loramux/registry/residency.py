@@ -27,6 +27,10 @@ class Residency:
     A version is loaded once for all who wait for it, one version at a time, and evicted only while nobody holds it,
     nobody waits for it and it is not pinned. A load that finds no room waits while somebody wants it and anybody
     might give some back.
+
+    A draw may borrow memory of its mean. Who lends stays until all have given back: borrowers are evicted before their
+    lender, and when it is to leave, each of them leaves as soon as nobody uses it. So the bytes of a version that has
+    left are free.
     """
 
     def __init__(
@@ -82,8 +86,7 @@ class Residency:
             del self._running[version.name]
         self._touch(version)
         if not version.leases:
-            if version.state is State.DRAINING:
-                self._leave(version)
+            self._let_go(version)
             self.recheck()
 
     def recall(self, version: Version) -> bool:
@@ -104,6 +107,7 @@ class Residency:
         finally:
             version.waiting -= 1
             if not version.waiting:
+                self._let_go(version)
                 self.recheck()
 
     def _touch(self, version: Version) -> None:
@@ -193,6 +197,8 @@ class Residency:
 
     def _shortage(self, version: Version) -> PoolExhausted | None:
         """That it does not fit, if that is known beforehand."""
+        if version.needed_beside is not (self._lender(version) is not None):
+            return None
         free = self._capacity_bytes - self.used_bytes
         return PoolExhausted.of(version.needed_bytes, free) if version.needed_bytes > free else None
 
@@ -200,12 +206,19 @@ class Residency:
         assert version.artefact is not None
         version.error = None
         started = time.monotonic()
+        lender = self._lender(version)
+        if lender is not None:
+            version.borrow(lender)
         try:
-            size = await self._data_plane.load(version.version_id, version.artefact)
+            size = await self._data_plane.load(
+                version.version_id, version.artefact, None if lender is None else lender.version_id
+            )
         except PoolExhausted as full:
-            version.needed_bytes = full.needed_bytes
+            self._give_back(version)
+            version.needed_bytes, version.needed_beside = full.needed_bytes, lender is not None
             return full
         except Exception as error:
+            self._give_back(version)
             if isinstance(error, AdapterRefused) and error.code == "adapter_unreadable" and not version.mended:
                 version.mended = True  # once: what is unreadable again will stay so
                 if await self._reader.read(version) is None:
@@ -219,6 +232,7 @@ class Residency:
 
     def _arrived(self, version: Version, size: int) -> None:
         version.resident_bytes = version.needed_bytes = size
+        version.needed_beside = version.borrowed_from is not None
         version.mended = False
         self._held[version] = None
         version.move(State.RESIDENT)
@@ -228,6 +242,7 @@ class Residency:
         self._observer.loaded(version.name, tier, stages, size)
         if version.retired:
             self.drain(version)
+        self._let_go(version)
 
     def _failed(self, version: Version, error: Exception) -> None:
         version.error = as_loramux_error(error, version.source)
@@ -245,18 +260,22 @@ class Residency:
         At least one: a pool that is full by its own account may have its free bytes in pieces, or its slots taken.
         """
         shortfall = version.needed_bytes - (self._capacity_bytes - self.used_bytes)
-        victims: list[Version] = []
+        victims: dict[Version, None] = {}
         for held in self._held:
-            if self._evictable(held) and held not in keep:
-                victims.append(held)
-                shortfall -= held.resident_bytes
+            leaving = [*held.borrowers, held]
+            if not all(_idle(one) and one not in keep for one in leaving):
+                continue
+            for one in leaving:
+                if one in victims:
+                    continue
+                victims[one] = None
+                shortfall -= one.resident_bytes
                 if shortfall <= 0:
-                    return victims
+                    return list(victims)
         return []
 
     def _evictable(self, version: Version) -> bool:
-        idle = not version.leases and not version.waiting and not version.pinned
-        return version.state is State.RESIDENT and idle
+        return _idle(version) and not version.borrowers
 
     def _room_may_come(self, version: Version, keep: Collection[Version]) -> bool:
         """Whether somebody who holds memory now will give up enough of it, sooner or later."""
@@ -276,9 +295,28 @@ class Residency:
         """Let no new request in; off the device once the running ones end."""
         if version.state is State.RESIDENT:
             version.move(State.DRAINING)
-        if version.state is State.DRAINING and not version.leases:
-            self._leave(version)
+        for borrower in list(version.borrowers):
+            self._let_go(borrower)
+        self._let_go(version)
         self.recheck()
+
+    def _let_go(self, version: Version) -> None:
+        """Off the device, if it is on its way there and nobody keeps it: no request, no borrower. Who borrows from a
+        version that is to leave is on its way as well, once no request waits for it either."""
+        lender = version.borrowed_from
+        if _idle(version) and lender is not None and lender.state is State.DRAINING:
+            version.move(State.DRAINING)
+        if version.state is State.DRAINING and not version.leases and not version.borrowers:
+            self._leave(version)
+
+    def _lender(self, version: Version) -> Version | None:
+        """Who could lend to it now."""
+        lender = version.lender
+        return lender if lender in self._held and lender not in self._unloads else None
+
+    def _give_back(self, version: Version) -> None:
+        if (lender := version.give_back()) is not None:
+            self._let_go(lender)
 
     def recheck(self) -> None:
         """Loads that wait for room look again: there may be more, or they may be wanted no more."""
@@ -286,7 +324,9 @@ class Residency:
         self._room = asyncio.Event()
 
     async def left(self, version: Version) -> None:
-        """Wait until a version that nobody uses is off the device."""
+        """Wait until a version that nobody uses is off the device, after those that borrow from it."""
+        for borrower in list(version.borrowers):
+            await self.left(borrower)
         if (unload := self._unloads.get(version)) is not None:
             await asyncio.shield(unload)
 
@@ -305,4 +345,10 @@ class Residency:
         version.move(State.GONE if version.retired else State.HOST)
         if not any(held.name == version.name for held in self._held):
             self._observer.unloaded(version.name)
+        self._give_back(version)
         self.recheck()
+
+
+def _idle(version: Version) -> bool:
+    """Whether nobody uses a resident version, or is about to."""
+    return version.state is State.RESIDENT and not (version.leases or version.waiting or version.pinned)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,6 +126,130 @@ async def test_draws_larger_than_their_mean() -> None:
     with pytest.raises(DrawsDoNotFit) as error:
         await world.registry.samples(await world.load("b"), 2)
     assert "--max-lora-rank 17" in (error.value.hint or "")
+
+
+def sharing(share: float = 0.5, **options: Any) -> World:
+    world = World(**options)
+    world.data_plane.shared = world.posteriors.shared = share
+    return world
+
+
+async def test_draws_that_share_with_their_mean_take_what_is_their_own() -> None:
+    world = sharing(capacity=5 * SIZE)
+    mean = await world.load("a")
+    assert await world.registry.samples(mean, 8) == 8
+    with pytest.raises(DrawsDoNotFit) as error:
+        await world.registry.samples(mean, 9)
+    assert '"samples": 8 or fewer' in (error.value.hint or "")
+    versions = await drawn(world, samples=8)
+    assert {version.resident_bytes for version in versions} == {SIZE // 2}
+    assert world.registry.resident_bytes() == 5 * SIZE == sum(world.data_plane.resident.values())
+    assert set(world.data_plane.lent.values()) == {mean.version_id}
+
+
+async def test_who_lends_is_evicted_after_its_draws() -> None:
+    world = sharing(capacity=3 * SIZE)
+    mean = await world.load("a")
+    versions = await drawn(world)
+    await world.registry.resolve("a")
+    for name, left in (("b", 2), ("c", 0)):
+        await world.load(name)
+        assert sum(version.state is State.RESIDENT for version in versions) == left
+        assert mean.state is State.RESIDENT
+    await world.load("d")
+    assert mean.state is State.HOST and world.state("b") is State.RESIDENT
+    # As before the eviction, but for the mean: who asks for draws brings it first.
+    assert await drawn(world) == versions
+    assert set(world.data_plane.lent.values()) == {mean.version_id}
+
+
+async def test_draws_go_for_their_mean_and_never_the_mean_alone() -> None:
+    world = sharing(capacity=3 * SIZE)
+    mean = await world.load("a")
+    await drawn(world)
+    world.prepare.sizes["big"] = 3 * SIZE
+    await world.load("big")
+    assert mean.state is State.HOST and len(world.data_plane.resident) == 1
+    evicted = [name for kind, name, _ in world.observer.events if kind == "evicted"]
+    assert evicted == [DRAWN] * 4 + ["a"]
+
+
+@pytest.mark.parametrize("how", ["delete", "replace"])
+async def test_idle_draws_leave_with_their_mean(how: str) -> None:
+    world = sharing()
+    mean = await world.load("a")
+    versions = await drawn(world)
+    if how == "delete":
+        await world.registry.delete("a")
+        assert not world.data_plane.resident  # when it has returned
+    else:
+        await world.load("a", "a2", replace=True)
+        await quiet()
+        assert list(world.data_plane.resident) == [world.current("a").version_id]
+    assert mean.state is (State.GONE if how == "delete" else State.HOST)
+    assert {version.state for version in versions} == {State.HOST}
+
+
+@pytest.mark.parametrize("order", [0, 1])
+async def test_draws_in_use_keep_the_memory_of_a_mean_that_is_deleted(order: int) -> None:
+    world = sharing()
+    mean = await world.load("a")
+    held = await world.hold("a")
+    async with world.registry.drawn(mean, seed=0, samples=2) as versions:
+        await world.registry.delete("a")
+        assert mean.state is State.DRAINING
+        if order:
+            world.registry.release(held)
+            await quiet()
+            assert mean.version_id in world.data_plane.resident
+    if not order:
+        world.registry.release(held)
+    await quiet()
+    assert not world.data_plane.resident and mean.state is State.GONE
+    assert idle(versions) and world.registry.resident_bytes() == 0
+
+
+async def test_an_equal_adapter_lends_when_the_first_has_left() -> None:
+    world = sharing()
+    for name in ("a", "b"):
+        await world.load(name, "same")
+    first = await drawn(world, "a")
+    assert await drawn(world, "b") == first
+    lenders = world.data_plane.lent.copy()
+    assert set(lenders.values()) == {world.current("a").version_id}
+    mean = await world.hold("b")
+    async with world.registry.drawn(mean, seed=0, samples=4):
+        await world.registry.delete("a")
+        assert len(world.data_plane.resident) == 6  # they are read, with memory of the one that is deleted
+        again = await drawn(world, "b")  # others may still use them
+    world.registry.release(mean)
+    await quiet()
+    assert again == first and list(world.data_plane.resident) == [world.current("b").version_id]
+    await drawn(world, "b")
+    assert set(world.data_plane.lent.values()) == {world.current("b").version_id}
+
+
+async def test_a_draw_that_needed_less_beside_its_mean_may_need_more_without() -> None:
+    world = sharing(capacity=2 * SIZE)
+    mean = await world.load("a")
+    (version,) = await drawn(world, samples=1)
+    assert version.needed_bytes == SIZE // 2
+    await world.load("b", "big")
+    await world.registry.delete("a")
+    with world.registry._residency.wanted(version):
+        assert await world.registry._residency.settle(version) is None
+    assert version.resident_bytes == SIZE and mean.state is State.GONE
+    # And the other way round: what it needed whole does not count beside another mean.
+    world.registry._residency.drain(version)
+    await quiet()
+    world.prepare.sizes["half"] = SIZE // 2
+    await world.load("half")
+    await world.registry.pin("half")
+    await world.registry.delete("b")
+    await world.load("c", "a")
+    await world.registry.pin("c")
+    assert await drawn(world, "c", samples=1) == [version]
+    assert version.resident_bytes == SIZE // 2
 
 
 async def test_a_posterior_that_cannot_be_read() -> None:

@@ -28,9 +28,10 @@ class Storm:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.world = World(capacity=CAPACITY, patience_s=0.2)
+        self.world.data_plane.shared = 0.75  # of a draw
         self.world.prepare.sizes = {content: 400 + 300 * i for i, content in enumerate(CONTENTS)}
         self.ids: dict[int, str] = {}  # version id -> the content it stands for
-        self.answers = 0
+        self.answers = self.uncertainties = 0
 
     def check(self) -> None:
         world = self.world
@@ -41,6 +42,8 @@ class Storm:
             assert self.ids.setdefault(version.version_id, version.artefact.digest) == version.artefact.digest
             if version.leases:
                 assert version.version_id in world.data_plane.resident
+            if version.borrowed_from is not None:
+                assert version.borrowed_from in held and version in version.borrowed_from.borrowers
         for adapter in world.registry.adapters().values():
             for version in adapter.versions():
                 assert not version.retired
@@ -77,6 +80,24 @@ class Storm:
         finally:
             self.world.registry.release(leased)
 
+    async def uncertain(self) -> None:
+        """An answer that draws read, of whatever version it was."""
+        registry = self.world.registry
+        mean = await self.world.hold(self.random.choice(NAMES))
+        try:
+            await self.pause()
+            samples, seed = self.random.randrange(1, 3), self.random.randrange(2)
+            async with registry.drawn(mean, seed=seed, samples=samples) as versions:
+                for version in versions:
+                    leased = await registry.lease(version.tag, exact=True)
+                    assert leased.tag == version.tag
+                    await self.pause()
+                    assert {leased.version_id, mean.version_id} <= self.world.data_plane.resident.keys()
+                    registry.release(leased)
+            self.uncertainties += 1
+        finally:
+            registry.release(mean)
+
     async def change(self) -> None:
         name, registry = self.random.choice(NAMES), self.world.registry
         kind = self.random.random()
@@ -108,14 +129,16 @@ async def test_a_storm_of_requests_and_changes(seed: int, caplog: pytest.LogCapt
     world = storm.world
     for name in NAMES:
         await world.load(name, "0")
-    clients = [storm.client(storm.request, 25) for _ in range(8)] + [storm.client(storm.change, 12) for _ in range(3)]
+    clients = [storm.client(storm.request, 25) for _ in range(6)] + [storm.client(storm.change, 12) for _ in range(3)]
+    clients += [storm.client(storm.uncertain, 10) for _ in range(3)]
     await asyncio.gather(*clients)
-    assert storm.answers > 30
+    assert storm.answers > 30 and storm.uncertainties
     await until(lambda: not world.registry._tasks._running)
     storm.check()
     assert not caplog.records, "an unexpected error, or one nobody was told of"
     # Nothing is held by anybody, and everything is accounted for.
     versions = [v for adapter in world.registry.adapters().values() for v in adapter.versions()]
+    versions += world.registry._draws._made._versions.values()
     assert all(v.leases == v.waiting == v.busy == 0 for v in versions)
     assert {v.version_id for v in versions if v.state is State.RESIDENT} == set(world.data_plane.resident)
     assert world.registry.resident_bytes() == sum(world.data_plane.resident.values())
