@@ -18,7 +18,9 @@ import torch
 
 from loramux.paths import cache_dir
 from loramux.uncertainty import scores
+from loramux.units import format_bytes
 from loramux_adapters import BaseModel, LoweredAdapter, lower, open_artefact, prepare, prepare_draw
+from loramux_adapters.footprint import draw_pool_bytes, pool_bytes
 from loramux_adapters.posterior.tfb import tfb
 
 from . import bayesian
@@ -53,7 +55,7 @@ def bayesian_server(
     tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path], spare_adapters: Path
 ) -> Iterator[Server]:
     named = [f"--adapter={name}={path}" for name, path in {**adapters, "plain": spare_adapters / "spare0"}.items()]
-    with run_server(tmp_path_factory.mktemp("server") / "log", *named, "--adapter-memory", "80MiB") as server:
+    with run_server(tmp_path_factory.mktemp("server") / "log", *named, "--adapter-memory", "48MiB") as server:
         yield server
 
 
@@ -87,6 +89,27 @@ def ask(client: openai.OpenAI, model: str, uncertainty: Any, **options: Any) -> 
     return client.chat.completions.create(
         **{"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": 12, **options}, extra_body=body
     )
+
+
+def test_draws_take_what_the_plan_says(
+    client: openai.OpenAI, bayesian_server: Server, adapters: dict[str, Path], base_model: BaseModel
+) -> None:
+    """Those that the tests below find right, and leave in memory or have made again. B of `dense` is not the mean's."""
+
+    def used() -> int:
+        told: int = bayesian_server.get("/health/ready").json()["adapter_memory"]["used_bytes"]
+        assert told == bayesian_server.get("/v1/adapters").json()["memory"]["used_bytes"]
+        return told
+
+    plan, before = bayesian_server.log.read_text(), used()
+    for model in ("doubt", "doubts", "dense"):
+        adapter = lower(adapters[model], base_model)
+        draw, mean = draw_pool_bytes(adapter, base_model, torch.float32), pool_bytes(adapter, base_model, torch.float32)
+        assert re.search(rf"{model} +{format_bytes(mean)}, a draw {format_bytes(draw)} more", plan)
+        assert draw > mean if model == "dense" else draw < 0.8 * mean
+        ask(client, model, {"samples": S}, max_tokens=2)
+        assert used() == before + S * draw
+        before = used()
 
 
 @pytest.mark.parametrize("model", ["doubt", "doubts", "dense"])

@@ -304,6 +304,12 @@ def test_the_plan_never_promises_room_that_is_not_there(sizes: list[int], memory
     assert sum(name in "\n".join(plan.lines()) for name in plan.adapters) == len(sizes)
 
 
+def test_the_plan_tells_what_a_draw_takes() -> None:
+    lines = MemoryPlan("CPU", "float32", 10**6, {"a": 2048, "b": 4096}, 64, "rest", draws={"a": 1024}).lines()
+    (a,), (b,) = ([line.split() for line in lines if line.split()[0] == name] for name in "ab")
+    assert a == ["a", "2.00", "KiB,", "a", "draw", "1.00", "KiB", "more"] and b == ["b", "4.00", "KiB"]
+
+
 def test_the_plan_of_very_many_adapters_stays_short_and_tells_how_many_fit() -> None:
     plan = MemoryPlan("CPU", "float32", 10**6, {f"a{i:04}": 10**4 for i in range(1000)}, 64, "rest", unread=7)
     text = "\n".join(plan.lines())

@@ -9,7 +9,16 @@ from pathlib import Path
 from loramux import supervisor
 from loramux.bases import prepare_base
 from loramux.cli.base import read_layers
-from loramux.cli.start_adapters import FEW, check, composed_folder, draw_memory_of, find, memory_of, open_store
+from loramux.cli.start_adapters import (
+    FEW,
+    check,
+    composed_folder,
+    draw_memory_of,
+    draws_among,
+    find,
+    memory_of,
+    open_store,
+)
 from loramux.config import ServeConfig, parse
 from loramux.console import box, say
 from loramux.errors import ConfigError, LoramuxError
@@ -77,11 +86,7 @@ def run(config: ServeConfig) -> int:
         dtype=str(args.dtype),
         adapter_bytes=arguments.adapter_bytes(config.adapter_memory),
         adapters={name: measure(artefact, exact=exact(name)) for name, artefact in known.items()},
-        draws={
-            name: measure_draw(artefact)
-            for name, artefact in known.items()
-            if artefact.summary.bayesian and exact(name)
-        },
+        draws=draws_among({name: artefact for name, artefact in known.items() if exact(name)}, measure_draw),
         max_rank=rank_limit(config.max_rank, [artefact.summary.rank for artefact in known.values()]),
         kv_cache=arguments.kv_cache_line(args),
         score_bytes=config.score_memory,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -102,6 +102,16 @@ def memory_of(artefact: Artefact, base: BaseModel, item_bytes: int, *, max_reque
 def draw_memory_of(artefact: Artefact, base: BaseModel, item_bytes: int, *, max_requests: int) -> int:
     """Bytes of one draw of a Bayesian adapter in the pool, beside its mean, at most. Raises AdapterError."""
     return draw_pool_bytes(open_artefact(artefact.path), base, _DTYPES[item_bytes], max_requests)
+
+
+def draws_among(adapters: Mapping[str, Artefact], measure: Callable[[Artefact], int]) -> dict[str, int]:
+    """Of those that are Bayesian, by name what a draw takes; the damaged ones left out, as in `memory_of`."""
+    found = {}
+    for name, artefact in adapters.items():
+        if artefact.summary.bayesian:
+            with suppress(AdapterError):
+                found[name] = measure(artefact)
+    return found
 
 
 def open_store(config: ServeConfig, base: BaseModel, port: int, cache: Path) -> Store:

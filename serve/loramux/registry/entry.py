@@ -64,9 +64,10 @@ class Version:
     resident_bytes: int = 0
     needed_bytes: int = 0  # what it took when it was resident; 0 before that
     needed_beside: bool = False  # … with what another lent it not counted
-    lender: Version | None = None  # of a draw: its mean, which has the same B; it borrows that if it finds it resident
-    borrowed_from: Version | None = None  # who lends to it, or to the copy on its way
-    borrowers: dict[Version, None] = field(default_factory=dict)  # to whom it lends: it does not leave before them
+    # Of a draw: its mean. What both have alike is borrowed, if the mean is on the device when the draw is copied there.
+    lender: Version | None = field(default=None, repr=False)
+    borrowed_from: Version | None = field(default=None, repr=False)  # who lends to it, or to the copy on its way
+    borrowers: dict[Version, None] = field(default_factory=dict, repr=False)  # it does not leave before them
     loads: int = 0  # since it was read
     mended: bool = False  # its artefact was unreadable, and read from the source again
     load_seconds: dict[str, float] = field(default_factory=dict)  # of the last read, verify and copy

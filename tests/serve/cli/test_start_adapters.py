@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from loramux.cli.start_adapters import (
     adapters_in,
     check,
     composed_folder,
+    draw_memory_of,
+    draws_among,
     find,
     memory_of,
     open_store,
@@ -29,6 +32,7 @@ from loramux_adapters.base_weights import BaseWeights
 from loramux_adapters.gate import Capacity, Select
 from loramux_adapters.lowered import LoweredSite
 from loramux_adapters.native import digest_of
+from loramux_adapters.variance import Variance, VarianceKind
 from loramux_kernels.arena import aligned
 
 from ..fakes import FakePrepare, make_artefact
@@ -181,6 +185,24 @@ def test_memory_of_magnitudes_and_biases(tmp_path: Path) -> None:
 def written(adapter: LoweredAdapter, cache: Path) -> Artefact:
     digest = digest_of(adapter)
     return Artefact(write_artefact(adapter, "b", digest, cache), digest, summarise(adapter, "b"))
+
+
+def test_draws_are_planned_without_what_their_mean_has(tmp_path: Path) -> None:
+    deviations = {"sigma_a": torch.ones(2, 4)}
+    site = LoweredSite(torch.ones(2, 4), torch.ones(2, 8), torch.ones(2))
+    of_a = replace(site, variance=Variance(VarianceKind.DIAGONAL_A, deviations))
+    both = Variance(VarianceKind.DIAGONAL_AB, deviations | {"sigma_b": torch.ones(2, 8)})
+    damaged = written(LoweredAdapter("blob", {"up_proj": replace(of_a, b=torch.zeros(2, 8))}), tmp_path)
+    damaged.path.write_text("damaged")
+    adapters = {
+        "plain": written(LoweredAdapter("lora", {"up_proj": site}), tmp_path),
+        "blob": written(LoweredAdapter("blob", {"up_proj": of_a}), tmp_path),
+        "ivon": written(LoweredAdapter("ivon", {"up_proj": replace(site, variance=both)}), tmp_path),
+        "damaged": damaged,
+    }
+    found = draws_among(adapters, functools.partial(draw_memory_of, base=BASE, item_bytes=2, max_requests=1))
+    own = aligned(2 * 4 * 2) + aligned(2 * 4)
+    assert found == {"blob": own, "ivon": own + aligned(2 * 8 * 2)}
 
 
 @pytest.mark.parametrize("exact", [True, False])
