@@ -9,7 +9,7 @@ import logging
 import math
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from loramux.registry import Version
 from loramux.registry.tasks import all_of
 from loramux.rpc import Engine, call
 from loramux.uncertainty import READ_KEY
+from loramux.uncertainty.adaptive import stages
 from loramux.uncertainty.scores import Array
 
 logger = logging.getLogger(__name__)
@@ -71,22 +72,46 @@ class Reads:
         answer: Tokens,
         *,
         timeout_s: float | None = None,
+        enough: Callable[[Report], bool] | None = None,
     ) -> Report:
         """log-probability of every token of the answer and entropies over the vocabulary, under every draw (None: the
-        base model). After `timeout_s`, what there is by then. Raises ReadFailed."""
+        base model). After `timeout_s`, what there is by then. Raises ReadFailed.
+
+        With `enough` the draws read in stages (`adaptive.stages`), until it says so: the report is of those that read.
+        An answer that takes several pieces is read by all.
+        """
+        if len(answer) > self._rows.size:
+            enough = None
         deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         parts = []
         for begin in range(0, len(answer), self._rows.size):
             end = min(begin + self._rows.size, len(answer))
             targets = [[token] for token in answer[begin:end]]
-            parts.append(await self._job(draws, [*prompt, *answer[: end - 1]], targets, True, deadline))
+            parts.append(await self._job(draws, [*prompt, *answer[: end - 1]], targets, True, deadline, enough))
         return Report(*(np.concatenate([getattr(part, name) for part in parts], axis) for name, axis in _AXES))
 
     async def targets(
-        self, draws: Sequence[Version | None], prompt: Tokens, answers: Sequence[Tokens], *, timeout_s: float | None
+        self,
+        draws: Sequence[Version | None],
+        prompt: Tokens,
+        answers: Sequence[Tokens],
+        *,
+        timeout_s: float | None,
+        enough: Callable[[Array], bool] | None = None,
     ) -> Array:
         """log p_s(answer | prompt) of each of several short answers: [S, K]; as `read`, without entropies."""
         deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        found: Array = np.empty((0, len(answers)))
+        for count in stages(len(draws)) if enough is not None else [len(draws)]:
+            part = await self._targets(draws[len(found) : count], prompt, answers, deadline)
+            found = np.concatenate([found, part])
+            if np.isnan(found).any() or (enough is not None and count < len(draws) and enough(found)):
+                break
+        return found
+
+    async def _targets(
+        self, draws: Sequence[Version | None], prompt: Tokens, answers: Sequence[Tokens], deadline: float | None
+    ) -> Array:
         # What all begin with is one row of one request.
         first = self._job(draws, prompt, [[answer[0] for answer in answers]], False, deadline)
         rest = [
@@ -116,6 +141,7 @@ class Reads:
         targets: Sequence[Tokens],
         full: bool,
         deadline: float | None,
+        enough: Callable[[Report], bool] | None = None,
     ) -> Report:
         job = uuid.uuid4().hex
         first = len(tokens) - len(targets)
@@ -128,32 +154,47 @@ class Reads:
         except TimeoutError:
             return empty
         try:
-            report, missing = None, list(range(s))
-            # The second time for rows that came out of the prefix cache, where there are no hidden states.
-            for cached in (True, False):
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(deadline):
-                        # Nothing of the request that asks may cling to these: a context of their own.
-                        requests = [self._request(draws[i], tokens, spec | {"draw": i}, cached) for i in missing]
-                        await all_of(requests, contextvars.Context())
-                report = await call(self._engine, "loramux_scores", job)
-                if report is not None and report["error"] is not None:
-                    raise ReadFailed(f"The answer could not be read: {report['error']}.")
+            done, found = 0, empty
+            for count in stages(s) if enough is not None else [s]:
+                report, whole = await self._stage(range(done, count), draws, tokens, spec, deadline)
                 if report is not None:
-                    missing = [i for i, seen in enumerate(report["seen"]) if not all(seen)]
-                if not missing or (deadline is not None and asyncio.get_running_loop().time() >= deadline):
+                    found = Report(
+                        np.array(report["logp"])[:count],
+                        np.array(report["entropy"])[:count] if full else empty.entropy,
+                        np.array(report["total"]) if full else empty.total,
+                    )
+                if not whole or (enough is not None and count < s and enough(found)):
                     break
-            else:
-                raise ReadFailed("The engine ended requests that were to be read.")
-            if report is None:
-                return empty
-            return Report(
-                np.array(report["logp"]),
-                np.array(report["entropy"]) if full else empty.entropy,
-                np.array(report["total"]) if full else empty.total,
-            )
+                done = count
+            return found
         finally:
             await asyncio.shield(self._end(job, n if full else 0))
+
+    async def _stage(
+        self,
+        places: range,
+        draws: Sequence[Version | None],
+        tokens: Tokens,
+        spec: dict[str, Any],
+        deadline: float | None,
+    ) -> tuple[dict[str, Any] | None, bool]:
+        """Let the draws at these places read; what the job has read by then, and whether that is all it was to."""
+        report, missing = None, list(places)
+        # The second time for rows that came out of the prefix cache, where there are no hidden states.
+        for cached in (True, False):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    # Nothing of the request that asks may cling to these: a context of their own.
+                    requests = [self._request(draws[i], tokens, spec | {"draw": i}, cached) for i in missing]
+                    await all_of(requests, contextvars.Context())
+            report = await call(self._engine, "loramux_scores", spec["job"])
+            if report is not None and report["error"] is not None:
+                raise ReadFailed(f"The answer could not be read: {report['error']}.")
+            if report is not None:
+                missing = [i for i in places if not all(report["seen"][i])]
+            if not missing or (deadline is not None and asyncio.get_running_loop().time() >= deadline):
+                return report, not missing
+        raise ReadFailed("The engine ended requests that were to be read.")
 
     async def _request(self, draw: Version | None, tokens: Tokens, spec: dict[str, Any], cached: bool) -> None:
         params = SamplingParams(

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from copy import copy
 from typing import Any, Protocol
@@ -28,11 +28,12 @@ from loramux.engine.reads import Reads, Report
 from loramux.errors import InvalidRequest, LoramuxError, UncertaintyTimeout
 from loramux.metrics.instrument import Generate, leased
 from loramux.registry import AdapterRegistry, Version
-from loramux.uncertainty import ENTROPY_KEY, answers
+from loramux.uncertainty import ENTROPY_KEY, adaptive, answers
 from loramux.uncertainty.ask import FIELD, Mode, resolve
 from loramux.uncertainty.calibration import Calibrations
 from loramux.uncertainty.exchange import Exchange, exchange
 from loramux.uncertainty.recent import Recent
+from loramux.uncertainty.scores import Array, decide
 
 logger = logging.getLogger(__name__)
 
@@ -174,12 +175,15 @@ class _Answer:
         asked, prompt, started = self._asked, _tokens(self._prompt), time.monotonic()
         async with AsyncExitStack() as held:
             draws = await self._draws(held, started)
-            logp = await self._reads.targets(draws, prompt, asked.labels, timeout_s=self._left(started))
+            logp = await self._reads.targets(
+                draws, prompt, asked.labels, timeout_s=self._left(started), enough=self._decided()
+            )
+        read = len(logp)
         logp = logp[~np.isnan(logp).any(1)]
         if len(logp) < min(2, len(draws)):
             raise _too_late()
-        self._read_tokens(len(draws) * (len(prompt) + sum(len(label) - 1 for label in asked.labels)))
-        value, place = answers.decided(asked, self._posterior, logp)
+        self._read_tokens(read * (len(prompt) + sum(len(label) - 1 for label in asked.labels)))
+        value, place = answers.decided(asked, self._posterior, logp, read)
         self._told(0, value, started)
         yield _whole(request_id, prompt, asked.ask.labels[place], asked.labels[place], lora_request)
 
@@ -242,22 +246,51 @@ class _Answer:
 
     async def _tell(self, index: int, prompt: Sequence[int], tokens: Sequence[int]) -> None:
         """Fill in the uncertainty of a choice that is written. Its text is worth more: nothing is raised."""
-        asked, started = self._asked, time.monotonic()
+        asked, started, passes = self._asked, time.monotonic(), self._asked.samples
         try:
             report = await self._read(prompt, tokens, started)
+            passes = len(report.logp)
             value = answers.scored(asked, self._posterior, report.logp[..., 0], report.entropy, report.total)
-            self._read_tokens(asked.samples * (len(prompt) + len(tokens)))
+            self._read_tokens(passes * (len(prompt) + len(tokens)))
         except LoramuxError as error:
             value = answers.failed(asked, self._posterior, error.code, error.message)
         except Exception:
             logger.exception("an answer was not scored")
             value = answers.failed(asked, self._posterior, "internal_error", "The answer could not be scored.")
-        self._told(index, value | {"extra_passes": asked.samples}, started)
+        self._told(index, value | {"extra_passes": passes}, started)
 
     async def _read(self, prompt: Sequence[int], tokens: Sequence[int], started: float) -> Report:
         async with AsyncExitStack() as held:
             draws = await self._draws(held, started)
-            return await self._reads.read(draws, prompt, tokens, timeout_s=self._left(started))
+            return await self._reads.read(
+                draws, prompt, tokens, timeout_s=self._left(started), enough=self._read_enough()
+            )
+
+    def _read_enough(self) -> Callable[[Report], bool] | None:
+        """Of an adaptive request: whether the draws that have read tell if the answer is sure."""
+        asked, rule = self._asked, self._asked.ask.abstain
+        if not asked.ask.adaptive or rule is None:
+            return None
+
+        def enough(report: Report) -> bool:
+            logp = report.logp[..., 0]
+            told = answers.scored(asked, self._posterior, logp, report.entropy, report.total)
+            error = adaptive.sequence_error(rule.score, told, logp, report.entropy)
+            return adaptive.is_clear(rule, told[rule.score], error, len(logp))
+
+        return enough
+
+    def _decided(self) -> Callable[[Array], bool] | None:
+        """The same for labels."""
+        rule = self._asked.ask.abstain
+        if not self._asked.ask.adaptive or rule is None:
+            return None
+
+        def enough(logp: Array) -> bool:
+            score = decide(logp).scores()[rule.score]
+            return adaptive.is_clear(rule, score, adaptive.decision_error(rule.score, logp), len(logp))
+
+        return enough
 
     async def _draws(self, held: AsyncExitStack, started: float) -> Sequence[Version | None]:
         """The draws, leased; of an adapter without a posterior, itself. Raises UncertaintyTimeout."""

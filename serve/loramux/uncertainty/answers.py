@@ -38,8 +38,11 @@ def scored(exchange: Exchange, posterior: str | None, logp: Array, entropy: Arra
     return result
 
 
-def decided(exchange: Exchange, posterior: str | None, logp: Array) -> tuple[dict[str, Any], int]:
-    """Mode `decide`, from log p_s(label), [S, K]; and which label it is. One row: no draws, and nothing epistemic."""
+def decided(exchange: Exchange, posterior: str | None, logp: Array, draws: int) -> tuple[dict[str, Any], int]:
+    """Mode `decide`, from log p_s(label), [S, K], of so many that were to read; and which label it is.
+
+    One row: no draws, and nothing epistemic.
+    """
     alone = len(logp) == 1
     decision: Decision = decide(logp)
     names = ("epistemic",) if alone else ()
@@ -47,7 +50,7 @@ def decided(exchange: Exchange, posterior: str | None, logp: Array) -> tuple[dic
     labels = exchange.ask.labels
     return {
         **_head(exchange, posterior, 0 if alone else len(logp)),
-        "partial": not alone and len(logp) < exchange.samples,
+        "partial": not alone and len(logp) < draws,
         **scores,
         "prediction": labels[decision.predicted],
         "labels": [
@@ -98,7 +101,7 @@ def _head(exchange: Exchange, posterior: str | None, samples: int) -> dict[str, 
         "samples": samples,
         "noise": "sequence" if posterior and exchange.mode is not Mode.FAST else None,
         "seed": exchange.ask.seed,
-    }
+    } | ({"adaptive": True} if exchange.ask.adaptive and samples else {})
 
 
 def _missing(values: Array) -> bool:

@@ -5,7 +5,8 @@ mode            score: S draws of the weights read the answer that the mean gave
                 sample: `samples` choices, each written under a draw of its own
                 fast: entropy and likelihood of the answer as it was written, no draws
                 off; left out: score for a Bayesian adapter, else fast
-samples         draws, 2 to 64; 8 if left out
+samples         draws, 2 to 64; 8 if left out; "auto": as many as it takes to tell whether to abstain (`adaptive.py`)
+max_samples     of "auto", the most; 8 if left out
 seed            of the draws; 0 if left out, and scores are comparable only for one seed
 noise           "sequence", the only one: one draw is one set of weights for the whole sequence
 scores          names; all if left out
@@ -69,6 +70,7 @@ class Ask:
     abstain: Rule | None = None
     alpha: float | None = None
     calibrated: bool = True
+    adaptive: bool = False  # `samples` is the most
 
 
 def parse(value: Any) -> Ask | None:
@@ -90,9 +92,11 @@ def parse(value: Any) -> Ask | None:
     if given.get("noise", "sequence") != "sequence":
         raise _invalid('can only be "sequence"', "Leave it out: one draw is one set of weights.", "noise")
     timeout = _whole(given, "timeout_ms", 1, _MAX_TIMEOUT_MS)
+    adaptive, samples = _samples(given, mode)
     return Ask(
         mode=mode,
-        samples=_whole(given, "samples", MIN_SAMPLES, MAX_SAMPLES),
+        samples=samples,
+        adaptive=adaptive,
         seed=_whole(given, "seed", 0, _MAX_SEED) or 0,
         scores=_scores(given, mode),
         per_token=_flag(given, "per_token", False),
@@ -124,6 +128,7 @@ def resolve(ask: Ask, *, bayesian: bool) -> Mode:
 _FIELDS = (
     "mode",
     "samples",
+    "max_samples",
     "seed",
     "noise",
     "scores",
@@ -143,6 +148,21 @@ def _whole(given: dict[str, Any], name: str, least: int, most: int) -> int | Non
     if value is not None and not (type(value) is int and least <= value <= most):
         raise _invalid(f"must be a whole number from {least} to {most}", _LEAVE_OUT, name)
     return value
+
+
+def _samples(given: dict[str, Any], mode: Mode | None) -> tuple[bool, int | None]:
+    """Whether their number is up to the answer; and how many, or how many at most."""
+    if given.get("samples") != "auto":
+        if "max_samples" in given:
+            raise _invalid('belongs to "samples": "auto"', "Leave it out.", "max_samples")
+        return False, _whole(given, "samples", MIN_SAMPLES, MAX_SAMPLES)
+    if mode in (Mode.SAMPLE, Mode.FAST):
+        raise _invalid("must be a number, or left out, in this mode", _LEAVE_OUT, "samples")
+    if not {ABOVE, BELOW} & set(given):
+        raise _invalid(
+            f'can be "auto" where there is something to decide: {ABOVE} or {BELOW}', "Send one, or a number.", "samples"
+        )
+    return True, _whole(given, "max_samples", MIN_SAMPLES, MAX_SAMPLES)
 
 
 def _flag(given: dict[str, Any], name: str, default: bool) -> bool:

@@ -208,3 +208,44 @@ async def test_entropies_of_a_dead_engine_are_none() -> None:
     engine = Engine()
     engine.worker = None  # type: ignore[assignment]
     assert await Reads(engine, 100).entropies("tag") == []
+
+
+async def test_stages_end_when_it_is_enough() -> None:
+    engine, asked = Engine(), []
+    draws = [version(i) for i in range(1, 21)]
+
+    def enough(report: Any) -> bool:
+        asked.append(len(report.logp))
+        assert_equal(report, list(range(1, asked[-1] + 1)))
+        return asked[-1] == 8
+
+    report = await Reads(engine, 100).read(draws, PROMPT, ANSWER, enough=enough)
+    assert_equal(report, list(range(1, 9)))
+    assert asked == [4, 8] and len(engine.requests) == 8 and engine.worker.idle and len(engine.dropped) == 1
+    assert_equal(await Reads(engine, 100).read(draws, PROMPT, ANSWER, enough=lambda _: False), list(range(1, 21)))
+    report = await Reads(engine, 4).read(draws[:5], PROMPT, ANSWER, enough=lambda _: True)  # in pieces: by all
+    assert_equal(report, [1, 2, 3, 4, 5])
+
+
+async def test_a_stage_that_is_late_is_the_last() -> None:
+    engine = Engine()
+    engine.stuck = {6}
+    draws = [version(i) for i in range(1, 21)]
+    report = await Reads(engine, 100).read(draws, PROMPT, ANSWER, timeout_s=0.3, enough=lambda _: False)
+    assert report.logp.shape[0] == 8 and np.isnan(report.logp[5]).all() and not np.isnan(report.logp[:4]).any()
+    assert {number for number, _ in engine.requests} <= {*range(1, 9)}
+
+
+async def test_labels_in_stages() -> None:
+    engine, asked = Engine(), []
+    draws = [version(i) for i in range(1, 21)]
+
+    def enough(logp: Any) -> bool:
+        asked.append(len(logp))
+        return asked[-1] == 8
+
+    answers = [[7], [8, 9]]
+    some = await Reads(engine, 100).targets(draws, PROMPT, answers, timeout_s=None, enough=enough)
+    every = await Reads(engine, 100).targets(draws, PROMPT, answers, timeout_s=None)
+    assert asked == [4, 8] and some.shape == (8, 2) and every.shape == (20, 2)
+    np.testing.assert_allclose(some, every[:8], atol=1e-9)

@@ -25,6 +25,7 @@ from loramux.uncertainty.calibration import Calibrations, Method, Sets, Settings
 from loramux.uncertainty.calibration.platt import Sigmoid
 from loramux.uncertainty.exchange import Exchange, exchange
 from loramux.uncertainty.recent import Recent
+from loramux.uncertainty.scores import decide
 
 from ..fakes import World, lora_request
 
@@ -43,9 +44,17 @@ class Reads:
         self.late: set[int] = set()
 
     async def read(
-        self, draws: Sequence[Version | None], prompt: Any, answer: Any, *, timeout_s: float | None = None
+        self,
+        draws: Sequence[Version | None],
+        prompt: Any,
+        answer: Any,
+        *,
+        timeout_s: float | None = None,
+        enough: Any = None,
     ) -> Report:
         assert all(draw is None or draw.leases for draw in draws)
+        if enough is not None and enough(await self.read(draws[:4], prompt, answer)):
+            draws = draws[:4]
         self.asked.append(([*draws], [*prompt], [*answer]))
         await self.gate.wait()
         if self.error is not None:
@@ -57,7 +66,11 @@ class Reads:
             logp[draw, -1], entropy[draw, -1] = np.nan, np.nan
         return Report(logp, entropy, np.full(n, 0.8))
 
-    async def targets(self, draws: Any, prompt: Any, answers: Any, *, timeout_s: float | None) -> Any:
+    async def targets(
+        self, draws: Any, prompt: Any, answers: Any, *, timeout_s: float | None, enough: Any = None
+    ) -> Any:
+        if enough is not None and enough(np.log(np.array([[0.2, 0.7]] * 4))):
+            draws = draws[:4]
         self.asked.append(([*draws], [*prompt], [*answers]))
         if self.error is not None:
             raise self.error
@@ -473,3 +486,25 @@ async def test_draws_that_are_there_are_told_from_those_that_are_not(bench: Benc
         await bench.ask(version, params={"n": 3, "temperature": 1.0})
     found = [event[1:] for event in bench.world.observer.events if event[0] == "drawn"]
     assert found == [("a", (0, 4)), ("a", (4, 0))]
+
+
+@pytest.mark.parametrize(("value", "samples"), [(0.39, 8), (9.0, 4)])
+async def test_draws_until_it_is_clear_whether_to_abstain(bench: Bench, value: float, samples: int) -> None:
+    """mi_mean of four draws is 0.4, of eight 0.343: near the one threshold, far below the other."""
+    rule = Rule("mi_mean", value, False)
+    asked = await bench.ask(await bench.load("a"), samples=8, adaptive=True, abstain=rule)
+    told = asked.choices[0]
+    assert (told["samples"], told["extra_passes"], told["partial"]) == (samples, samples, False) and told["adaptive"]
+    assert told["mi_mean"] == pytest.approx(0.3 * samples / (samples - 1)) and not told["abstained"]
+    assert asked.tokens == samples * 6
+
+
+async def test_decisions_until_it_is_clear(bench: Bench) -> None:
+    labels, version = {"labels": ((5,), (6,))}, await bench.load("a")
+    told = decide(np.log([[0.2, 0.7]] * 4)).scores()["confidence"]
+    for value, samples in ((0.5, 4), (told, 8)):
+        rule = Rule("confidence", value, True)
+        asked = await bench.ask(
+            version, Mode.DECIDE, labels=("x", "y"), fields=labels, samples=8, adaptive=True, abstain=rule
+        )
+        assert asked.choices[0]["samples"] == samples and not asked.choices[0]["partial"]

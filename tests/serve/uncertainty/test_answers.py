@@ -62,7 +62,7 @@ def test_less_than_two_draws_tell_nothing(complete: int) -> None:
 
 def test_a_decision() -> None:
     asked = exchange(Mode.DECIDE, labels=("a", "b"), scores=("confidence",))
-    value, place = answers.decided(asked, "diagonal_a", np.log([[0.6, 0.2], [0.2, 0.2], [0.3, 0.1]]))
+    value, place = answers.decided(asked, "diagonal_a", np.log([[0.6, 0.2], [0.2, 0.2], [0.3, 0.1]]), 3)
     assert place == 0 and value["prediction"] == "a" and "epistemic" not in answers.asked_for(asked, value)
     assert [entry["label"] for entry in as_json(value)["labels"]] == ["a", "b"]
     assert sum(entry["probability"] for entry in value["labels"]) == pytest.approx(1)
@@ -70,7 +70,7 @@ def test_a_decision() -> None:
 
 def test_a_decision_by_one() -> None:
     asked = exchange(Mode.DECIDE, labels=("a", "b"))
-    value, _ = answers.decided(asked, None, np.log([[0.6, 0.2]]))
+    value, _ = answers.decided(asked, None, np.log([[0.6, 0.2]]), 1)
     assert value["epistemic"] is None and value["total"] == value["aleatoric"] and not value["partial"]
     assert value["labels"][0]["deviation"] is None and value["noise"] is None
 

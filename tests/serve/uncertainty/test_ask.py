@@ -46,6 +46,9 @@ def test_every_score_of_a_mode_can_be_asked_for(mode: Mode) -> None:
         assert asked is not None and asked.scores == (name,)
 
 
+ABOVE = {"score": "mi_mean", "value": 1}
+
+
 @pytest.mark.parametrize(
     ("value", "param"),
     [
@@ -57,6 +60,17 @@ def test_every_score_of_a_mode_can_be_asked_for(mode: Mode) -> None:
         ({"mode": ["score"]}, "mode"),
         ({"mode": {}}, "mode"),
         ({"samples": 0}, "samples"),
+        ({"samples": "auto"}, "samples"),  # without anything to decide
+        ({"samples": "many", "abstain_above": ABOVE}, "samples"),
+        ({"samples": "auto", "mode": "fast", "abstain_above": {"score": "total", "value": 1}}, "samples"),
+        ({"samples": "auto", "max_samples": 65, "abstain_above": ABOVE}, "max_samples"),
+        ({"samples": 8, "max_samples": 16, "abstain_above": ABOVE}, "max_samples"),
+        ({"alpha": 0.1}, "alpha"),
+        ({"alpha": 0, "mode": "decide", "labels": ["a", "b"]}, "alpha"),
+        ({"alpha": 1, "mode": "decide", "labels": ["a", "b"]}, "alpha"),
+        ({"alpha": float("nan"), "mode": "decide", "labels": ["a", "b"]}, "alpha"),
+        ({"alpha": "0.1", "mode": "decide", "labels": ["a", "b"]}, "alpha"),
+        ({"calibrated": 1}, "calibrated"),
         ({"samples": 1}, "samples"),
         ({"samples": 65}, "samples"),
         ({"samples": 10**6}, "samples"),
@@ -140,6 +154,14 @@ def test_without_a_posterior_and_wanting_one(mode: Mode) -> None:
         resolve(Ask(mode, fast_if_unsupported=False), bayesian=False)
     assert error.value.hint and error.value.status == 400
     assert resolve(Ask(None, fast_if_unsupported=False), bayesian=False) is Mode.FAST
+
+
+def test_as_many_samples_as_it_takes() -> None:
+    for most in (None, 16):
+        asked = parse({"samples": "auto", "max_samples": most, "abstain_above": ABOVE})
+        assert asked is not None and asked.adaptive and asked.samples == most
+    decided = parse({"mode": "decide", "labels": ["a", "b"], "alpha": 0.1, "calibrated": False})
+    assert decided is not None and (decided.alpha, decided.calibrated, decided.adaptive) == (0.1, False, False)
 
 
 def test_a_threshold() -> None:

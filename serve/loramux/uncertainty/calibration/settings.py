@@ -24,12 +24,15 @@ class Settings:
     samples: int
     seed: int | None
     labels: tuple[str, ...] = ()
+    adaptive: bool = False  # it took so many draws to decide on it: not an answer like others with as many
 
     @classmethod
     def of(cls, told: Mapping[str, Any], labels: Sequence[str]) -> Settings:
         """Of an answer's field `uncertainty`; the order of the labels does not matter."""
         samples = told["samples"]
-        return cls(Mode(told["mode"]), told["noise"], samples, told["seed"] if samples else None, tuple(sorted(labels)))
+        seed = told["seed"] if samples else None
+        adaptive = bool(told.get("adaptive"))
+        return cls(Mode(told["mode"]), told["noise"], samples, seed, tuple(sorted(labels)), adaptive)
 
     def as_json(self) -> dict[str, Any]:
         shown: dict[str, Any] = {
