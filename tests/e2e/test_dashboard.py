@@ -6,11 +6,13 @@ import math
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
+from loramux.metrics.reliability import MIN_RECENT
 from loramux_adapters import BaseModel
 
 from ..docker.prometheus import DASHBOARD, Prometheus, queries, scraping
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.engine
 BASE = "smollm2-135m-instruct"
 MODELS = (BASE, "sarcasm", "spam")
 MIXTURE = "desk"
+DECIDE = {"mode": "decide", "labels": ["spam", "ham"]}
 EXPRESSIONS = dict(queries())
 #: Queries without data after this traffic, and why.
 NO_DATA = {"Loads and evictions: B": "nothing is evicted: everything fits into the pool"}
@@ -74,27 +77,27 @@ def _complete(server: Any, model: str) -> None:
 
 
 def _calibrate(server: Any) -> None:
-    """Decisions of `spam`, by scores of which the larger ones are wrong."""
+    """Decisions of `spam`, by scores of which the larger ones are wrong; and as many of them as drift is told of."""
     data = [{"score": i / 60, "correct": i < 30} for i in range(40)]
-    asked = {"mode": "decide", "labels": ["spam", "ham"]}
-    card = server.post("/v1/uncertainty/calibrate", {"model": "spam", "uncertainty": asked, "data": data})
+    card = server.post("/v1/uncertainty/calibrate", {"model": "spam", "uncertainty": DECIDE, "data": data})
     assert card.status_code == 200, card.text
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: _decide(server, i), range(MIN_RECENT)))
+
+
+def _decide(server: Any, i: int) -> None:
+    answer = server.post(
+        "/v1/completions", {"model": "spam", "prompt": f"{i} times free", "uncertainty": DECIDE}
+    ).json()
+    given = server.post("/v1/uncertainty/feedback", {"id": answer["id"], "correct": i % 3 > 0})
+    assert given.status_code == 200, given.text
 
 
 def _doubt(server: Any) -> None:
-    """Answers with scores, under draws and without; so many, with feedback, that something is told of all."""
+    """An answer that draws read, and nobody may trust."""
     asked = {"model": "doubt", "prompt": "The lighthouse keeper wrote that", "max_tokens": 4}
     asked["uncertainty"] = {"samples": 2, "abstain_above": {"score": "total", "value": 0}}
     assert server.post("/v1/completions", asked).json()["choices"][0]["uncertainty"]["abstained"]
-    for i in range(30):
-        body = {
-            "model": "spam",
-            "prompt": f"{i} times free",
-            "uncertainty": {"mode": "decide", "labels": ["spam", "ham"]},
-        }
-        answer = server.post("/v1/completions", body).json()
-        given = server.post("/v1/uncertainty/feedback", {"id": answer["id"], "correct": i % 3 > 0})
-        assert given.status_code == 200, given.text
 
 
 def _put(server: Any, name: str, source: Any, wait_s: float = 30) -> httpx.Response:

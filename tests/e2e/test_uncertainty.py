@@ -304,6 +304,34 @@ def test_answers_that_are_not_sure_enough(client: openai.OpenAI) -> None:
     assert sure.uncertainty["abstained"] is False and sure.message.content
 
 
+def test_as_many_draws_as_it_takes(client: openai.OpenAI) -> None:
+    """Far from the threshold four draws do, and say what four do; near it all read."""
+    four, eight = (ask(client, "doubt", {"samples": n}).choices[0].uncertainty for n in (4, 8))
+    for value, expected in ((100.0, four), (eight["mi_mean"] * 1.01, eight)):
+        rule = {"score": "mi_mean", "value": value}
+        answer = ask(client, "doubt", {"samples": "auto", "abstain_above": rule})
+        told = answer.choices[0].uncertainty
+        assert told["samples"] == told["extra_passes"] == expected["samples"] and not told["partial"]
+        assert told["mi_mean"] == pytest.approx(expected["mi_mean"], abs=1e-5) and not told["abstained"]
+        assert answer.usage.uncertainty_tokens == told["samples"] * (
+            len(answer.prompt_token_ids) + len(answer.choices[0].token_ids)
+        )
+    decide = {"mode": "decide", "labels": LABELS, "samples": "auto", "max_samples": 6}
+    told = (
+        ask(client, "doubt", {**decide, "abstain_below": {"score": "confidence", "value": 1e-6}}).choices[0].uncertainty
+    )
+    assert told["samples"] == 4 and not told["abstained"]
+
+
+def test_feedback(client: openai.OpenAI, bayesian_server: Server) -> None:
+    answer = ask(client, "doubt", {"samples": 2}, extra_headers={"X-Request-Id": "of-the-client"})
+    for given in (answer.id, "of-the-client"):
+        told = bayesian_server.post("/v1/uncertainty/feedback", {"id": given, "correct": True})
+        assert told.json()["correct"] and told.json()["counted"] == (given == answer.id), told.text
+    assert bayesian_server.post("/v1/uncertainty/feedback", {"id": answer.id, "correct": False}).status_code == 409
+    assert 'loramux_uncertainty_labelled{adapter="doubt",mode="score"} 1.0' in bayesian_server.get("/metrics").text
+
+
 def test_completions_have_it_too(client: openai.OpenAI) -> None:
     answer: Any = client.completions.create(
         model="doubt", prompt="The Rhine flows", max_tokens=8, extra_body={"uncertainty": {"samples": 2}}

@@ -103,13 +103,15 @@ class FakePosteriors:
         self.samples: int | None = None
         self.growth, self.rank = 1, 8  # of a draw: its bytes, as a multiple of the mean's
         self.shared = 0.0  # how much of a draw is its mean's
+        self.warnings: tuple[str, ...] = ()
         self.same = False  # every draw has one content, as without noise
 
     def describe(self, artefact: Artefact) -> Posterior:
         self.described.append(artefact.digest)
         if self.error is not None:
             raise self.error
-        return Posterior("ensemble", 1, 100, self.samples, self.growth * artefact.summary.nbytes, self.rank, ())
+        nbytes = self.growth * artefact.summary.nbytes
+        return Posterior("ensemble", 1, 100, self.samples, nbytes, self.rank, self.warnings)
 
     def draw_bytes(self, artefact: Artefact) -> int:
         return int(self.growth * artefact.summary.nbytes * (1 - self.shared))

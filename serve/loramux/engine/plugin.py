@@ -84,9 +84,11 @@ class LoramuxPlugin:
         reads = Reads(engine_client, await data_plane.score_rows(), by_priority=by_priority)
         max_model_len = engine_client.model_config.max_model_len
         observer = UncertaintyMetrics(metrics.labels)
+        bfloat16 = str(engine_client.model_config.dtype) == "torch.bfloat16"
         calibrations, recent = Calibrations(launch.store), Recent()
         ReliabilityMetrics(metrics.labels, recent, calibrations)
-        Uncertainty(engine_client, registry, reads, calibrations, recent, observer, max_model_len=max_model_len)
+        surroundings = (registry, reads, calibrations, recent, observer)
+        Uncertainty(engine_client, *surroundings, max_model_len=max_model_len, bfloat16=bfloat16)
         state.loramux = Services(
             registry=registry,
             base=launch.base,

@@ -63,9 +63,11 @@ class Uncertainty:
         observer: Observer,
         *,
         max_model_len: int,
+        bfloat16: bool = False,
     ) -> None:
         self._inner: Generate = engine.generate
         self._max_model_len = max_model_len
+        self._bfloat16 = bfloat16  # what weights are served in
         self._registry = registry
         self._reads = reads
         self._calibrations = calibrations
@@ -103,6 +105,7 @@ class Uncertainty:
                 mean,
                 prompt,
                 params,
+                self._registry.draw_warnings(mean) if mean is not None and self._bfloat16 else (),
             )
             modes = {Mode.SCORE: answer.score, Mode.DECIDE: answer.decide, Mode.SAMPLE: answer.sample}
             carry_out = modes.get(asked.mode, answer.fast) if asked.text is None else answer.given
@@ -132,6 +135,7 @@ class _Answer:
         mean: Version | None,
         prompt: Any,
         params: Any,
+        warnings: Sequence[str],
     ) -> None:
         self._inner = inner
         self._registry = registry
@@ -143,6 +147,7 @@ class _Answer:
         self._mean = mean
         self._prompt = prompt
         self._params = params
+        self._warnings = list(warnings)
         self._name = mean.name if mean else registry.base
         self._drawn = False
         self._posterior = mean.artefact.summary.posterior if mean and mean.artefact else None
@@ -320,6 +325,8 @@ class _Answer:
 
     def _told(self, index: int, value: dict[str, Any], started: float) -> None:
         seconds = time.monotonic() - started
+        if self._warnings and value["samples"]:
+            value = value | {"warnings": self._warnings}
         value = self._calibrated(raw := value)
         self._remember(index, raw, value.get("confidence"))
         if (rule := self._asked.ask.abstain) is not None:

@@ -75,6 +75,11 @@ class Draws:
         self._check_room(mean, posterior.draw_rank, draw_bytes, samples)
         return samples
 
+    def warnings(self, mean: Version) -> tuple[str, ...]:
+        """See `AdapterRegistry.draw_warnings`."""
+        found = self._described.get(mean.artefact.digest) if mean.artefact is not None else None
+        return found[0].warnings if found is not None else ()
+
     async def _describe(self, mean: Version) -> Described:
         assert mean.artefact is not None
         digest = mean.artefact.digest

@@ -157,6 +157,10 @@ class AdapterRegistry:
         """
         return await self._draws.samples(version, asked)
 
+    def draw_warnings(self, version: Version) -> tuple[str, ...]:
+        """What bfloat16 would do to the draws of a version, once `samples` was asked of it."""
+        return self._draws.warnings(version)
+
     @asynccontextmanager
     async def drawn(
         self, version: Version, *, seed: int, samples: int, counted: bool = True

@@ -75,7 +75,7 @@ class Recent:
         """An answer that has its scores, all of them; None if it has not."""
         if told["partial"]:
             return None
-        kept = {key: value for key, value in told.items() if key not in ("tokens", "raw")}
+        kept = {key: value for key, value in told.items() if key not in ("tokens", "raw", "warnings")}
         one = Scored(name, digest, Settings.of(told, labels), kept, confidence)
         window = self._windows.pop((name, digest), None) or Window()
         window.last.append(one)

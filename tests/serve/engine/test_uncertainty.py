@@ -135,7 +135,7 @@ class Observer:
 
 
 class Bench:
-    def __init__(self, **world: Any) -> None:
+    def __init__(self, *, bfloat16: bool = False, **world: Any) -> None:
         self.world = World(**world)
         self.engine, self.reads, self.observer = Engine(), Reads(), Observer()
         metrics: Any = SimpleNamespace(
@@ -146,7 +146,7 @@ class Bench:
         self.recent = Recent()
         self.calibrations = Calibrations(self.world.store)
         surroundings: Any = (self.reads, self.calibrations, self.recent, self.observer)
-        Uncertainty(self.engine, self.world.registry, *surroundings, max_model_len=20)
+        Uncertainty(self.engine, self.world.registry, *surroundings, max_model_len=20, bfloat16=bfloat16)
         self.outputs: list[Any] = []
 
     async def load(self, name: str, *, bayesian: bool = True) -> Version:
@@ -508,3 +508,15 @@ async def test_decisions_until_it_is_clear(bench: Bench) -> None:
             version, Mode.DECIDE, labels=("x", "y"), fields=labels, samples=8, adaptive=True, abstain=rule
         )
         assert asked.choices[0]["samples"] == samples and not asked.choices[0]["partial"]
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+async def test_noise_that_the_served_dtype_swallows_is_told_of(bfloat16: bool) -> None:
+    bench = Bench(bfloat16=bfloat16)
+    bench.world.posteriors.warnings = ("bfloat16 would swallow the noise",)
+    version = await bench.load("a")
+    await bench.world.registry.samples(version, 4)
+    told = (await bench.ask(version, params={"n": 2, "temperature": 1.0})).choices
+    expected = ["bfloat16 would swallow the noise"] if bfloat16 else None
+    assert [one.get("warnings") for one in told.values()] == [expected] * 2
+    assert "warnings" not in (await bench.ask(version, Mode.FAST)).choices[0]
