@@ -44,6 +44,7 @@ def details(card: Mapping[str, Any]) -> Iterator[str]:
         ("size", format_bytes(card["resident_bytes"])),
         ("loaded in", _stages(card.get("load_seconds") or {})),
         ("last used", _ago(card.get("last_used"))),
+        *(("confidence", f"{_text(one['method'])} of {_text(one['n'])}") for one in card.get("calibrations") or ()),
         *(("warning", _text(warning)) for warning in card.get("warnings") or ()),
     ]
     for name, value in rows:

@@ -1,4 +1,4 @@
-"""`loramux adapters ls`, `show NAME`, `add`, `rm`, `pin`, `unpin` and `rollback`: what a running server does."""
+"""`loramux adapters ls`, `show NAME` and the verbs that change something: what a running server does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from loramux.cli import adapter_cards
+from loramux.cli import adapter_cards, calibrate
 from loramux.cli.client import Client, adapter_path
 from loramux.cli.terminal import printable, show
 from loramux.console import StatusLine
@@ -28,6 +28,8 @@ def run(options: argparse.Namespace) -> int:
         card = client.get(adapter_path(options.path))
         show(card, adapter_cards.details(card), as_json=options.json)
         return 0
+    if options.command == "calibrate":
+        return calibrate.run(client, options)
     if options.command == "add":
         return _add(client, options)
     if options.command == "rm":

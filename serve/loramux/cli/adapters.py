@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from loramux.bases import DEFAULT_BASE
+from loramux.cli import calibrate
 from loramux.cli.client import add_options, as_json
 from loramux.config import ADAPTER_NAME
 from loramux.console import note, say
@@ -82,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     changes = {name: command(name, text) for name, text in _NAMED.items()}
     for change in changes.values():
         change.add_argument("name", type=_name, metavar="NAME", help="the adapter's name")
+    fit = command("calibrate", "fit the confidence of an adapter's version to labelled answers")
+    fit.add_argument("name", type=_name, metavar="NAME", help="the adapter's name")
+    calibrate.add_arguments(fit)
     for changed in (add, changes["rm"], changes["rollback"]):
         changed.add_argument(
             "--if-match", type=_digest, metavar="VERSION", help="only if this is the version that serves now"

@@ -196,3 +196,43 @@ def test_it_needs_no_torch_and_ends_quietly_when_its_reader_leaves(server: FakeS
             [sys.executable, "-c", code], stdout=closed, stderr=subprocess.PIPE, text=True, env=environment, timeout=60
         )
     assert (done.returncode, done.stderr) == (1, "")
+
+
+CARD = {
+    "id": "cal-1", "method": "platt", "n": 40, "ece": 0.05, "before": {"ece": 0.3}, "evaluated": "5-fold",
+    "threshold": {"score": "total", "value": 0.25, "coverage": 0.5, "bound": 0.08, "delta": 0.05},
+}  # fmt: skip
+
+
+def test_calibrate(server: FakeServer, capsys: Capture, tmp_path: Path) -> None:
+    server.app.post("/v1/uncertainty/calibrate")(lambda: CARD)
+    items = [{"prompt": "1", "label": "spam"}, {"prompt": "2", "label": "ham"}]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)) + "\n\n")
+    asked = (
+        "calibrate",
+        "sql",
+        tmp_path / "items.jsonl",
+        "--labels",
+        "spam,ham",
+        "--samples",
+        "4",
+        "--method",
+        "platt",
+    )
+    status, out, _ = run(capsys, *asked)
+    assert status == 0 and "0.300 before, 0.050" in out and "where total is above 0.25" in out and "50%" in out
+    settings = {"mode": "decide", "labels": ["spam", "ham"], "samples": 4}
+    assert server.seen[-1].body == {"model": "sql", "data": items, "uncertainty": settings, "method": "platt"}
+    assert json.loads(run(capsys, *asked, "--json")[1]) == CARD
+    run(capsys, "calibrate", "sql", tmp_path / "items.jsonl")
+    assert server.seen[-1].body == {"model": "sql", "data": items, "uncertainty": {}}
+
+
+def test_calibrate_with_what_is_no_file_of_items(server: FakeServer, capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "broken").write_text('{"prompt": 1}\n{"prompt\n')
+    (tmp_path / "deep").write_text("[" * 10**5)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    for name, said in (("broken", "line 2"), ("deep", "line 1"), ("binary", "cannot be read"), ("none", "none")):
+        status, _, err = run(capsys, "calibrate", "sql", tmp_path / name)
+        assert status == 1 and said in err and "config_invalid" in err
+    assert not server.seen
