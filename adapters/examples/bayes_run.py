@@ -73,7 +73,7 @@ SETTINGS = {
     "reviews": Setting(REVIEWS, 64, 160, (*_ALL, "blob-mixture")),
     "sarcasm-32": Setting(SARCASM, 32, 40, _ALL),
     "reviews-32": Setting(REVIEWS, 32, 40, _ALL),
-    "topics": Setting(TOPICS, 100, 160, ("lora", "blob", "blob-mixture")),
+    "topics": Setting(TOPICS, 100, 160, ("lora", "blob", "mcdropout", "ensemble", "blob-mixture")),
 }
 
 
