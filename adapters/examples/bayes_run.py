@@ -71,6 +71,7 @@ class Setting:
 _ALL = ("lora", "blob", "abmll", "mcdropout", "ensemble")
 SETTINGS = {
     "reviews": Setting(REVIEWS, 64, 160, (*_ALL, "blob-mixture")),
+    "sarcasm": Setting(SARCASM, 64, 160, _ALL),
     "sarcasm-32": Setting(SARCASM, 32, 40, _ALL),
     "reviews-32": Setting(REVIEWS, 32, 40, _ALL),
     "topics": Setting(TOPICS, 100, 160, ("lora", "blob", "mcdropout", "ensemble", "blob-mixture")),
