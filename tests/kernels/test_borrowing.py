@@ -32,7 +32,7 @@ KINDS: tuple[tuple[Mapping[str, int], Mapping[str, TokenGate], str, str], ...] =
         "k",
         "q",
     ),
-    ({"k": 5, "p": 7}, {"p": TokenGate(2, "top_k", k=1, capacity=4)}, "p", "kp"),
+    ({"k": 5, "p": 7}, {"p": TokenGate(2, "top_k", k=1, capacity=4, layer_norm_eps=1e-5)}, "p", "kp"),
 )
 X = [torch.randn(7, spec.d_in, generator=torch.Generator().manual_seed(i)) for i, spec in enumerate(SPECS)]
 B_AT = 2  # its column of a slice
