@@ -18,7 +18,7 @@ from loramux_kernels.errors import (
     WrongShape,
 )
 from loramux_kernels.gates import MAX_EXPERTS, TokenGate
-from loramux_kernels.geometry import Geometry, Layouts
+from loramux_kernels.geometry import BAND_UNIT, Geometry, Layouts
 from loramux_kernels.layout import Layout
 from loramux_kernels.ops.expand import expand
 from loramux_kernels.ops.shrink import shrink
@@ -28,6 +28,7 @@ from loramux_kernels.sites import SiteSpec
 from loramux_kernels.weights import Memory
 
 __all__ = [
+    "BAND_UNIT",
     "MAX_EXPERTS",
     "AdapterPool",
     "CountRows",

@@ -17,6 +17,12 @@ from loramux_kernels.layout import Layout, Part
 from loramux_kernels.sites import SiteSpec
 
 NO_GATES: Mapping[str, TokenGate] = MappingProxyType({})
+NO_BANDS: Mapping[str, int] = MappingProxyType({})
+
+BAND_UNIT = 128
+"""Inputs and outputs that kernels on a device take at a time, at most: bands begin where they do."""
+BAND_BLOCKS, BLOCK = 16, 16
+"""How many blocks of rank rows of all bands of a slice they can hold, and rows of a block."""
 
 Layouts = Mapping[int, Layout]
 """Site index -> layout there, of the sites that an adapter touches, ascending. Equal layouts are one object."""
@@ -24,7 +30,8 @@ Layouts = Mapping[int, Layout]
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sites of a pool in order. `count_rows`: rows of counts of a gate with a capacity (`sequences.py`).
+    """The sites of a pool in order. `count_rows`: rows of counts of a gate with a capacity (`sequences.py`). `tiled`:
+    whether kernels on a device will read what is laid out.
 
     Raises ValueError if a module appears in two sites.
     """
@@ -33,6 +40,7 @@ class Geometry:
     dtype: torch.dtype
     max_rank: int
     count_rows: int
+    tiled: bool = False
     _where: dict[str, tuple[int, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -56,10 +64,12 @@ class Geometry:
         mag: Collection[str] = (),
         bias: Collection[str] = (),
         borrowed: Collection[str] = (),
+        bands: Mapping[str, int] = NO_BANDS,
     ) -> Layouts:
         """How an adapter with these ranks per module lies at each site; arguments as of `AdapterPool.reserve`.
 
-        Raises UnknownModule, RankTooLarge, or ValueError for a gate, or a B that is borrowed, without rank.
+        Raises UnknownModule, RankTooLarge, or ValueError for a gate, or a B that is borrowed, without rank, and for a
+        rank that bands do not divide.
         """
         by_site: dict[int, list[Part]] = {}
         for module in dict.fromkeys((*ranks, *gates, *mag, *bias, *borrowed)):
@@ -74,15 +84,28 @@ class Geometry:
                 raise ValueError(f"module {module}: a gate, but no rank")
             if part.borrows and not part.rank:
                 raise ValueError(f"module {module}: a B to borrow, but no rank")
+            if part.rank % bands.get(module, 1):
+                raise ValueError(f"module {module}: rank {part.rank}, which {bands[module]} bands do not divide")
             if part != Part():
                 by_site.setdefault(i, [Part()] * len(self.sites[i].d_outs))[j] = part
         # Most layers are alike: one object for all of them makes the whole small to send and quick to make.
-        made: dict[tuple[int, tuple[int, ...], tuple[Part, ...]], Layout] = {}
+        made: dict[tuple[int, tuple[int, ...], tuple[Part, ...], int], Layout] = {}
         found = {}
         for i in sorted(by_site):
             spec = self.sites[i]
-            key = (spec.d_in, spec.d_outs, tuple(by_site[i]))
+            parts = tuple(by_site[i])
+            key = (spec.d_in, spec.d_outs, parts, self._bands(spec, parts, bands))
             if key not in made:
-                made[key] = Layout.of(*key, self.dtype.itemsize, self.count_rows)
+                made[key] = Layout.of(*key[:3], self.dtype.itemsize, self.count_rows, key[3])
             found[i] = made[key]
         return found
+
+    def _bands(self, spec: SiteSpec, parts: tuple[Part, ...], bands: Mapping[str, int]) -> int:
+        """The number of bands that all of a site's slices share, if they can be packed; else 1, zeros and all."""
+        (n, *others) = {bands.get(m, 1) for m, part in zip(spec.modules, parts, strict=True) if part.rank} or {1}
+        unit = n * BAND_UNIT if self.tiled else n
+        widths = [spec.d_in, *(d for d, part in zip(spec.d_outs, parts, strict=True) if part != Part())]
+        if others or any(part.gate for part in parts) or any(width % unit for width in widths):
+            return 1
+        most = max(part.rank for part in parts) // n
+        return 1 if self.tiled and n * -(-most // BLOCK) > BAND_BLOCKS else n

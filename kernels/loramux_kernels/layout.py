@@ -1,13 +1,18 @@
 """Where the arrays of one adapter at one site lie in its extent of the arena.
 
-    A of all slices [R, I], routers behind it, a row per logit · scale [R] · expert [R], with a router only ·
-    per slice B [r, O], mag [O], bias [O], sums of its router's rows [E] · per slice with a capacity its counts [N, E]
+    A of all slices [R / n, I], routers behind it, a row per logit · scale [R] · expert [R], with a router only ·
+    per slice B [r / n, O], mag [O], bias [O], sums of its router's rows [E] ·
+    per slice with a capacity its counts [N, E]
 
 Every array begins on an `arena.ALIGNMENT` boundary; scale, mag, bias and sums are float32 (sums float64 beside float64
 weights), expert and counts int32. Only routers that read LayerNorm(x) have sums: of their rows as they are stored,
 whatever rounding made of them.
 Counts are no weights: steps write them (`sequences.py`). A slice may borrow its B: then it lies in another adapter's
 extent, at the same slice of the same site.
+
+n is 1, or the number of *bands* of an adapter whose A and B are block-diagonal: the i-th R/n of its rank rows are zero
+but in the i-th I/n of the inputs and the i-th O/n of the outputs. A row of the arrays then holds one rank row of every
+band, side by side, and there are no zeros. In h and in scale, band follows band.
 """
 
 from __future__ import annotations
@@ -49,13 +54,16 @@ class Layout:
     sums: tuple[int | None, ...]
     counts: tuple[int | None, ...]
     count_rows: int
+    bands: int
     nbytes: int
 
     @classmethod
-    def of(cls, d_in: int, d_outs: Sequence[int], parts: tuple[Part, ...], itemsize: int, count_rows: int) -> Layout:
-        """`count_rows`: N, of a slice with a capacity."""
+    def of(
+        cls, d_in: int, d_outs: Sequence[int], parts: tuple[Part, ...], itemsize: int, count_rows: int, bands: int = 1
+    ) -> Layout:
+        """`count_rows`: N, of a slice with a capacity. `bands`: n, which divides every size and rank."""
         rank_rows, router_rows = sum(p.rank for p in parts), sum(p.gate.logits for p in parts if p.gate)
-        scale = aligned((rank_rows + router_rows) * d_in * itemsize)
+        scale = aligned((rank_rows // bands + router_rows) * d_in * itemsize)
         expert = scale + aligned(rank_rows * WORD)
         end = expert + (aligned(rank_rows * WORD) if router_rows else 0)
         b: list[int | None] = []
@@ -64,7 +72,7 @@ class Layout:
         sums: list[int | None] = []
         for part, d_out in zip(parts, d_outs, strict=True):
             b.append(None if part.borrows else end)
-            end += 0 if part.borrows else aligned(part.rank * d_out * itemsize)
+            end += 0 if part.borrows else aligned(part.rank // bands * d_out * itemsize)
             for has, offsets in ((part.mag, mag), (part.bias, bias)):
                 offsets.append(end if has else None)
                 end += aligned(d_out * WORD) if has else 0
@@ -77,7 +85,7 @@ class Layout:
             counts.append(end if limited else None)
             end += aligned(count_rows * part.gate.experts * WORD) if part.gate is not None and limited else 0
         per_slice = tuple(b), tuple(mag), tuple(bias), tuple(sums), tuple(counts)
-        return cls(parts, scale, expert, *per_slice, count_rows, end)
+        return cls(parts, scale, expert, *per_slice, count_rows, bands, end)
 
     # Cached, for the many sites that share a layout.
 
@@ -97,8 +105,8 @@ class Layout:
 
     @cached_property
     def rows(self) -> int:
-        """Rows of A in use: rank rows and router rows."""
-        return self.rank_rows + sum(p.gate.logits for p in self.parts if p.gate)
+        """Rows of A in use: rank rows, one of each band, and router rows."""
+        return self.rank_rows // self.bands + sum(p.gate.logits for p in self.parts if p.gate)
 
     @cached_property
     def limited(self) -> bool:

@@ -27,7 +27,7 @@ from loramux_kernels import backends
 from loramux_kernels.arena import Extents
 from loramux_kernels.errors import NotWritten, PoolFull, UnknownSlot
 from loramux_kernels.gates import TokenGate
-from loramux_kernels.geometry import NO_GATES, Geometry, Layouts
+from loramux_kernels.geometry import NO_BANDS, NO_GATES, Geometry, Layouts
 from loramux_kernels.layout import Layout
 from loramux_kernels.ops.shrink import h_shape
 from loramux_kernels.plan import Plan
@@ -84,11 +84,11 @@ class AdapterPool:
         if min(slots, max_rank, max_tokens, max_requests) < 1:
             raise ValueError("slots, max_rank, max_tokens and max_requests must be positive")
         self.device = torch.device(device)
-        self.geometry = Geometry(tuple(sites), dtype, max_rank, ROWS_PER_SEQUENCE * max_requests)
+        self._backend = backends.select(backend, self.device, dtype)
+        self.geometry = Geometry(tuple(sites), dtype, max_rank, ROWS_PER_SEQUENCE * max_requests, self._backend.tiled)
         self.dtype = dtype
         self.slots = slots
         self.max_tokens = max_tokens
-        self._backend = backends.select(backend, self.device, dtype)
         self._extents = Extents(capacity_bytes)
         self._arena = torch.empty(self._extents.capacity, dtype=torch.uint8, device=self.device)
         self._memory = Memory.of(self._arena, dtype)
@@ -177,9 +177,10 @@ class AdapterPool:
         mag: Collection[str] = (),
         bias: Collection[str] = (),
         borrowed: Collection[str] = (),
+        bands: Mapping[str, int] = NO_BANDS,
     ) -> int:
         """Exact bytes, alignment included, that an adapter takes; arguments as of `reserve`."""
-        layouts = self.geometry.layouts(ranks, gates, mag=mag, bias=bias, borrowed=borrowed)
+        layouts = self.geometry.layouts(ranks, gates, mag=mag, bias=bias, borrowed=borrowed, bands=bands)
         return sum(layout.nbytes for layout in layouts.values())
 
     def reserve(
@@ -190,17 +191,20 @@ class AdapterPool:
         mag: Collection[str] = (),
         bias: Collection[str] = (),
         borrowed: Collection[str] = (),
+        bands: Mapping[str, int] = NO_BANDS,
         lender: int | None = None,
     ) -> int:
         """Take a slot and memory for an adapter with these ranks per module; all or nothing.
 
         A module in `gates` is a mixture of experts: its rank counts the rank rows of all its experts. Modules in
         `mag` multiply the base linear's output, modules in `bias` add to it; they need no rank. Modules in `borrowed`
-        have the B of the published slot `lender`, which is theirs as long as they need it.
-        Raises PoolFull, UnknownModule, RankTooLarge, or ValueError for a gate without rank and for a B that the lender
-        does not have, or has borrowed itself; then nothing has changed.
+        have the B of the published slot `lender`, which is theirs as long as they need it. `bands`: of a module whose
+        A and B are block-diagonal, the number of blocks, all of equal rank and one behind the other; they are packed
+        where the kernels can do with that.
+        Raises PoolFull, UnknownModule, RankTooLarge, or ValueError for a gate without rank, for a rank that bands do
+        not divide and for a B that the lender does not have, or has borrowed itself; then nothing has changed.
         """
-        layouts = self.geometry.layouts(ranks, gates, mag=mag, bias=bias, borrowed=borrowed)
+        layouts = self.geometry.layouts(ranks, gates, mag=mag, bias=bias, borrowed=borrowed, bands=bands)
         return self.reserve_laid_out(layouts, lender)
 
     def reserve_laid_out(self, layouts: Layouts, lender: int | None = None) -> int:
@@ -247,9 +251,9 @@ class AdapterPool:
 
         A module reserved with a gate, and no other, needs `router_EI`, a row per logit of the gate, and `expert_R`:
         which expert, or group of experts, each rank row belongs to. Likewise one reserved with mag or bias needs
-        `mag_O` or `bias_O`, and one that borrows has no `b`. Converts to the pool's dtypes. Raises UnknownModule,
-        UnknownSlot, WrongShape, or ValueError for an array too many or too few and for experts that do not exist,
-        before it copies anything.
+        `mag_O` or `bias_O`, and one that borrows has no `b`. One with bands brings its zeros, too. Converts to the
+        pool's dtypes. Raises UnknownModule, UnknownSlot, WrongShape, or ValueError for an array too many or too few,
+        for experts that do not exist and for anything outside of the bands, before it copies anything.
         """
         i, j = self.geometry.find(module)
         resident = self._resident(slot)
@@ -391,7 +395,11 @@ class AdapterPool:
             piece, b = pieces.get(i), {}
             for j in layouts[i].borrowed:
                 own, rank = None if piece is None else piece.layout.b[j], layouts[i].parts[j].rank
-                if piece is None or own is None or piece.layout.parts[j].rank != rank:
+                alike = piece is not None and (piece.layout.parts[j].rank, piece.layout.bands) == (
+                    rank,
+                    layouts[i].bands,
+                )
+                if piece is None or own is None or not alike:
                     module = self.geometry.sites[i].modules[j]
                     raise ValueError(f"slot {lender} has no B of its own of rank {rank} to lend for module {module}")
                 b[j] = piece.offset + own

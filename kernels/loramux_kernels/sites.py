@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from loramux_kernels.trace import Trace
     from loramux_kernels.weights import Memory, SlotWeights
 
-TABLE_HEAD = 6
-MOMENTS_AT = 5
+TABLE_HEAD = 7
+MOMENTS_AT, BANDS_AT = 5, 6
 RULE_AT = 5
 MAG_AT, BIAS_AT, COUNTS_AT, SUMS_AT = range(RULE_AT + GATE_FIELDS, RULE_AT + GATE_FIELDS + 4)
 TABLE_PART = SUMS_AT + 1
@@ -65,11 +65,11 @@ class Site:
 
     `weights`, `floats` and `ints` are the same arena seen as the pool's dtype, as float32 and as int32. `table`
     (device, int64 [slots, TABLE_HEAD + TABLE_PART·slices]) holds, per slot: offset of A in `weights`, of scale in
-    `floats` and of expert in `ints`, rows of A, whether a slice has a capacity, and whether a router reads
-    LayerNorm(x); then per slice the first rank row, the rank, the offset of B in `weights`, the number of experts (0:
-    no gate), the first router row, the gate as `TokenGate.packed`, and the offsets of mag and bias in `floats`, of
-    counts in `ints` and of sums in `floats`, plus one (0: none). Zeros where the adapter leaves the site alone. Slice j
-    is gate `first_gate` + j of `trace`.
+    `floats` and of expert in `ints`, rows of A, whether a slice has a capacity, whether a router reads LayerNorm(x),
+    and the number of bands (`layout.py`); then per slice the first rank row, the rank (rows of A and B), the offset of
+    B in `weights`, the number of experts (0: no gate), the first router row, the gate as `TokenGate.packed`, and the
+    offsets of mag and bias in `floats`, of counts in `ints` and of sums in `floats`, plus one (0: none). Zeros where
+    the adapter leaves the site alone. Slice j is gate `first_gate` + j of `trace`.
 
     `rows`: of A at most. `width`: columns of h.
     """
@@ -106,15 +106,15 @@ class Site:
         """What `table` holds for an adapter whose extent begins at byte `offset`; `lent` as of `Memory.at`."""
         item = self.dtype.itemsize
         row = [offset // item, (offset + layout.scale) // WORD, (offset + layout.expert) // WORD, layout.rows]
-        row += [int(layout.limited), int(layout.moments is not None)]
+        row += [int(layout.limited), int(layout.moments is not None), layout.bands]
         first = 0
         for j, part in enumerate(layout.parts):
-            own = layout.b[j]
-            row += [first, part.rank, (lent[j] if own is None else offset + own) // item]
+            rank, own = part.rank // layout.bands, layout.b[j]
+            row += [first, rank, (lent[j] if own is None else offset + own) // item]
             row += [part.gate.experts, layout.logits[j], *part.gate.packed()] if part.gate else [0] * (2 + GATE_FIELDS)
             words = layout.mag[j], layout.bias[j], layout.counts[j], layout.sums[j]
             row += [0 if at is None else (offset + at) // WORD + 1 for at in words]
-            first += part.rank
+            first += rank
         return row
 
 

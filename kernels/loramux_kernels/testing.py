@@ -58,7 +58,8 @@ GATE_ROUNDING = 4
 
 class Weights(NamedTuple):
     """One module of an adapter: `a_RI`, `b_RO` (B transposed), float32 `scale_R`; of a mixture also its gate,
-    `router_EI`, a row per logit, and integer `expert_R`; where it has them, float32 `mag_O` and `bias_O`."""
+    `router_EI`, a row per logit, and integer `expert_R`; where it has them, float32 `mag_O` and `bias_O`; and how many
+    bands A and B have, outside of which they are zero."""
 
     a: Tensor
     b: Tensor
@@ -68,6 +69,7 @@ class Weights(NamedTuple):
     expert: Tensor | None = None
     mag: Tensor | None = None
     bias: Tensor | None = None
+    bands: int = 1
 
 
 Adapter = Mapping[str, Weights]
@@ -99,6 +101,21 @@ def mixed(adapter: Adapter, gates: Mapping[str, TokenGate], generator: torch.Gen
         router = torch.randn(gate.logits, w.a.shape[1], generator=generator, device=device) * w.a.shape[1] ** -0.5
         expert = torch.randint(gate.weights, (w.a.shape[0],), generator=generator, device=device)
         made[module] = w._replace(gate=gate, router=router.to(w.a.dtype), expert=expert)
+    return made
+
+
+def banded(adapter: Adapter, bands: Mapping[str, int]) -> dict[str, Weights]:
+    """The adapter with zeros outside of the blocks of the modules in `bands`, which divide their ranks and sizes."""
+    made = dict(adapter)
+    for module, n in bands.items():
+        w = made[module]
+        a, b = w.a.clone(), w.b.clone()
+        for factor in (a, b):
+            blocks = factor.view(n, factor.shape[0] // n, n, factor.shape[1] // n)
+            for i in range(n):
+                blocks[i, :, :i] = 0
+                blocks[i, :, i + 1 :] = 0
+        made[module] = w._replace(a=a, b=b, bands=n)
     return made
 
 
@@ -136,8 +153,8 @@ def load(pool: AdapterPool, adapter: Adapter, borrowed: Collection[str] = (), le
     """Reserve, write and publish; the slot. Modules in `borrowed` have the lender's B."""
     gates = {module: w.gate for module, w in adapter.items() if w.gate is not None}
     mag, bias = ({m for m, w in adapter.items() if getattr(w, name) is not None} for name in ("mag", "bias"))
-    ranks = {module: w.a.shape[0] for module, w in adapter.items()}
-    slot = pool.reserve(ranks, gates, mag=mag, bias=bias, borrowed=borrowed, lender=lender)
+    ranks, bands = {module: w.a.shape[0] for module, w in adapter.items()}, {m: w.bands for m, w in adapter.items()}
+    slot = pool.reserve(ranks, gates, mag=mag, bias=bias, borrowed=borrowed, bands=bands, lender=lender)
     for module, w in adapter.items():
         b = None if module in borrowed else w.b
         pool.write(slot, module, w.a, b, w.scale, router=w.router, expert=w.expert, mag=w.mag, bias=w.bias)

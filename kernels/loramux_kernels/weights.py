@@ -56,22 +56,45 @@ class SliceWeights:
     def rank(self) -> int:
         return self.b.shape[0]
 
+    def band(self, i: int, weights: SlotWeights) -> SliceWeights:
+        """What of this slice belongs to band `i` of all those of `weights`."""
+        if weights.bands == 1:
+            return self
+        shift, width = i * weights.a.shape[0], self.b.shape[1] // weights.bands
+        mine, begin = slice(i * width, (i + 1) * width), self.cols.start + i * width
+        return SliceWeights(
+            self.index,
+            slice(self.rows.start + shift, self.rows.stop + shift),
+            slice(begin, begin + width),
+            self.b[:, mine],
+            None,
+            None if self.mag is None else self.mag[mine],
+            None if self.bias is None else self.bias[mine],
+        )
+
 
 @dataclass(frozen=True)
 class SlotWeights:
-    """One adapter at one site: `a` (the R rank rows, then router rows) with I columns, float32 `scale_R`, its slices in
-    order, and where a router reads LayerNorm(x) the columns of h for mean and variance of x."""
+    """One adapter at one site: `a` (the R rank rows, a row for one of every band, then router rows) with I columns,
+    float32 `scale_R`, its slices in order, how many bands it has (`layout.py`), and where a router reads LayerNorm(x)
+    the columns of h for mean and variance of x."""
 
     a: Tensor
     scale: Tensor
     slices: tuple[SliceWeights, ...]
+    bands: int = 1
     moments: slice | None = None
     live: tuple[SliceWeights, ...] = field(init=False)
-    """The slices that change anything."""
+    """The slices that change anything, band by band."""
 
     def __post_init__(self) -> None:
         live = (s for s in self.slices if s.rank or s.mag is not None or s.bias is not None)
-        object.__setattr__(self, "live", tuple(live))
+        object.__setattr__(self, "live", tuple(s.band(i, self) for s in live for i in range(self.bands)))
+
+    @property
+    def columns(self) -> int:
+        """How many of h are read."""
+        return self.scale.shape[0] + sum(s.gate.rule.logits for s in self.slices if s.gate)
 
     def fill(
         self,
@@ -88,14 +111,28 @@ class SlotWeights:
     ) -> int:
         """Copy the arrays of slice `index`, whose linear is `module`, converting dtypes; returns bytes copied.
 
-        `b` is None where the slice borrows it. Raises WrongShape, or ValueError for an array too many or too few and
-        for experts that do not exist, before it copies anything.
+        With bands, `a`, `b` and `scale` are given as without, zeros outside of the blocks, and packed here. `b` is None
+        where the slice borrows it.
+
+        Raises WrongShape, or ValueError for an array too many or too few, for experts that do not exist and for
+        anything outside of the bands, before it copies anything.
         """
         part = self.slices[index]
         copies = {
             "a": (a, self.a[part.rows]),
             "scale": (scale, self.scale[part.rows]),
         }
+        if self.bands > 1:
+            scales = self.scale.view(self.bands, -1)[:, part.rows]
+            if scale.shape != (scales.numel(),):
+                raise WrongShape(module, "scale", tuple(scale.shape), (scales.numel(),))
+            rows = self.a[part.rows]
+            copies = {
+                "a": (_packed(module, "a", a, rows, self.bands), rows),
+                "scale": (scale.view(scales.shape), scales),
+            }
+            if b is not None and not part.borrows:
+                b = _packed(module, "b", b, part.b, self.bands)
         for name, tensor, target in (
             ("b", b, None if part.borrows else part.b),
             ("router", router, self.a[part.gate.logits] if part.gate else None),
@@ -137,22 +174,22 @@ class Memory:
         `lent`: slice -> where the B that it borrows begins, in bytes. Where nothing is said about it, its B is a
         tensor without memory (device "meta").
         """
-        item, total, d_in = self.weights.itemsize, layout.rank_rows, site.d_in
+        item, d_in = self.weights.itemsize, site.d_in
         a = self.weights.as_strided((layout.rows, d_in), (d_in, 1), offset // item)
-        scale = _words(self.floats, offset + layout.scale, total)
+        scale = _words(self.floats, offset + layout.scale, layout.rank_rows)
         slices: list[SliceWeights] = []
         row = col = 0
         for j, (part, d_out) in enumerate(zip(layout.parts, site.d_outs, strict=True)):
-            own = layout.b[j]
+            rank, own = part.rank // layout.bands, layout.b[j]
             at = lent.get(j) if own is None else offset + own
             if at is None:
-                b = torch.empty(part.rank, d_out, dtype=self.weights.dtype, device="meta")
+                b = torch.empty(rank, d_out, dtype=self.weights.dtype, device="meta")
             else:
-                b = self.weights.as_strided((part.rank, d_out), (d_out, 1), at // item)
+                b = self.weights.as_strided((rank, d_out), (d_out, 1), at // item)
             gate = None
             if part.gate:
                 first = layout.logits[j]
-                expert = _words(self.ints, offset + layout.expert + row * WORD, part.rank)
+                expert = _words(self.ints, offset + layout.expert + row * WORD, rank)
                 counts = None
                 if (counts_at := layout.counts[j]) is not None:
                     shape = layout.count_rows, part.gate.experts
@@ -166,10 +203,22 @@ class Memory:
                 None if at is None else _words(self.floats, offset + at, d_out)
                 for at in (layout.mag[j], layout.bias[j])
             )
-            rows, cols = slice(row, row + part.rank), slice(col, col + d_out)
+            rows, cols = slice(row, row + rank), slice(col, col + d_out)
             slices.append(SliceWeights(j, rows, cols, b, gate, mag, bias, part.borrows))
             row, col = rows.stop, cols.stop
-        return SlotWeights(a, scale, tuple(slices), layout.moments)
+        return SlotWeights(a, scale, tuple(slices), layout.bands, layout.moments)
+
+
+def _packed(module: str, name: str, full: Tensor, target: Tensor, bands: int) -> Tensor:
+    """The blocks of a block-diagonal matrix [n R, n C] side by side, [R, n C], as `target`. Raises WrongShape, or
+    ValueError where there is anything else in it."""
+    rows, columns = target.shape
+    if full.shape != (bands * rows, columns):
+        raise WrongShape(module, name, tuple(full.shape), (bands * rows, columns))
+    blocks = full.reshape(bands, rows, bands, columns // bands).diagonal(dim1=0, dim2=2)
+    if blocks.count_nonzero() != full.count_nonzero():
+        raise ValueError(f"module {module}: {name} is not zero outside of its {bands} bands")
+    return blocks.movedim(2, 1).reshape(rows, columns)
 
 
 def _words(words: Tensor, offset: int, count: int) -> Tensor:

@@ -27,6 +27,7 @@ from loramux_kernels import AdapterPool, SiteSpec, TokenGate
 from loramux_kernels.testing import (
     POPULARITIES,
     adapter_of,
+    banded,
     clear_inputs,
     exact,
     load,
@@ -250,6 +251,40 @@ def check_layer_norm(dtype: torch.dtype) -> None:
     report(good and largest <= 1, f"{dtype} LayerNorm, error {largest:.3f} of its bound, bits {good}")
 
 
+def check_bands(dtype: torch.dtype) -> None:
+    """Block-diagonal adapters of two and four bands, packed, beside a plain one."""
+    generator, spec = torch.Generator(DEVICE).manual_seed(3), SiteSpec("qkv", ("q", "k"), 4096, (4096, 1024))
+    pool = AdapterPool(
+        [spec],
+        capacity_bytes=8 << 20,
+        slots=3,
+        max_rank=64,
+        max_tokens=1024,
+        max_requests=8,
+        dtype=dtype,
+        device=DEVICE,
+    )
+    pool.warmup()
+    plain = [
+        random_adapter([spec], ranks, dtype, generator) for ranks in ({"q": 64, "k": 6}, {"q": 12, "k": 40}, {"k": 9})
+    ]
+    adapters = [banded(plain[0], {"q": 2, "k": 2}), banded(plain[1], {"q": 4, "k": 4}), plain[2]]
+    slots = np.array([*(load(pool, a) for a in adapters), -1], np.int32)
+    packed = pool.used_bytes < sum(w.a.nbytes + w.b.nbytes for a in adapters for w in a.values()) / 2
+    which, largest, good = np.array([0, 1, 2, -1], np.int32), 0.0, packed
+    for lengths in (np.array([20, 3, 5, 1], np.int32), np.array([300, 400, 70, 7], np.int32)):
+        total = int(lengths.sum())
+        pool.set_batch(slots[which], lengths)
+        x = torch.randn(total, spec.d_in, generator=generator, device=DEVICE).to(dtype)
+        y = torch.randn(total, sum(spec.d_outs), generator=generator, device=DEVICE).to(dtype)
+        got = y.clone()
+        with poisoned():
+            apply(pool, 0, x, got)
+        largest = max(largest, worst(got, exact(spec, adapters, which, lengths, x, y)))
+        good &= same_bits(got[-int(lengths[-1]) :], y[-int(lengths[-1]) :])
+    report(good and largest <= 1, f"{dtype} bands, error {largest:.3f} of its bound, packed {packed}, bits {good}")
+
+
 def kernels_of(run: Callable[[], object]) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -294,5 +329,6 @@ if __name__ == "__main__":
             check(tested)
             check_capacity(tested)
             check_layer_norm(tested)
+            check_bands(tested)
         check_launches()
     sys.exit(failures > 0)

@@ -17,16 +17,18 @@ from applied import Sequenced, same_bits
 
 from loramux_kernels import AdapterPool, SiteSpec, TokenGate
 from loramux_kernels.ops.shrink import PLANE_ROWS
-from loramux_kernels.sites import lookup
+from loramux_kernels.sites import BANDS_AT, lookup
 from loramux_kernels.testing import (
     POPULARITIES,
     adapter_of,
+    banded,
     clear_inputs,
     exact,
     load,
     mixed,
     ragged_batch,
     random_adapter,
+    with_outputs,
     worst,
     worst_trace,
 )
@@ -221,6 +223,45 @@ CHUNKS = (
     [[17, 3, 1, 20, 4, 31], [43, 20, 4, 20, 5, 99]],
 )
 
+
+def check_bands(dtype: torch.dtype, tokens: int, rng: np.random.Generator) -> bool:
+    """Packed block-diagonal adapters of two and four bands beside a plain one and a mixture."""
+    spec, gen = SiteSpec("pair", ("q", "k"), 512, (512, 1024)), torch.Generator().manual_seed(tokens)
+    ranks = ({"q": 8, "k": 40}, {"q": 36, "k": 4}, {"q": 12, "k": 5}, {"k": 16})
+    plain = [random_adapter([spec], of, dtype, gen) for of in ranks]
+    adapters = [
+        with_outputs(banded(plain[0], {"q": 2, "k": 2}), "k", "q", gen),
+        banded(plain[1], {"q": 4, "k": 4}),
+        plain[2],
+        mixed(plain[3], {"k": TokenGate(3, "top_k", k=2)}, gen),
+    ]
+    pool = AdapterPool(
+        [spec],
+        capacity_bytes=1 << 20,
+        slots=4,
+        max_rank=MAX_RANK,
+        max_tokens=320,
+        max_requests=8,
+        dtype=dtype,
+        device="cpu",
+        backend="triton",
+    )
+    slots = np.array([*(load(pool, a) for a in adapters), -1], np.int32)
+    which, lengths = ragged_batch("uniform", rng=rng, requests=8, adapters=4, tokens=tokens)
+    pool.set_batch(slots[which], lengths)
+    x = clear_inputs(spec, adapters, which, lengths, lambda: torch.randn(tokens, 512, generator=gen).to(dtype))
+    y = torch.randn(tokens, 1536, generator=gen).to(dtype)
+    before, site = y.clone(), lookup(pool.site_ids[0])
+    h = torch.full((tokens + PLANE_ROWS, site.width), float("nan"))
+    site.backend.shrink(site, x, h)
+    site.backend.expand(site, y, h)
+    error = worst(y, exact(spec, adapters, which, lengths, x, before))
+    packed = [site.table[slot, BANDS_AT].item() for slot in slots[:-1]] == [2, 4, 1, 1]
+    ok = packed and error <= (2 if dtype == torch.bfloat16 else 1)
+    sys.stdout.write(f"{'OK' if ok else 'FAIL'} bands, {dtype} T={tokens}, error {error:.2f}\n")
+    return ok
+
+
 TIES = (
     TokenGate(8, "top_k", k=2),
     TokenGate(8, "top_p", p=0.5),
@@ -241,6 +282,8 @@ if __name__ == "__main__":
         good += [check(d, t, gates, outputs, p, rng) for (d, t), p in zip(some, itertools.cycle(POPULARITIES))]
     normed = [(torch.float32, 13), (torch.float32, 260), (torch.bfloat16, 40)]
     good += [check(dtype, tokens, NORMED, NO_OUTPUTS, "uniform", rng, 30.0) for dtype, tokens in normed]
+    some = [(torch.float32, 13), (torch.float32, 100), (torch.float32, 260), (torch.bfloat16, 40)]
+    good += [check_bands(dtype, tokens, rng) for dtype, tokens in some]
     generator = torch.Generator().manual_seed(5)
     good += [check_capacity(torch.float32, LENGTHS, steps, generator) for steps in CHUNKS]
     good.append(check_capacity(torch.bfloat16, LENGTHS, CHUNKS[1], generator))

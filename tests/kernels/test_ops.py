@@ -261,7 +261,7 @@ def test_triton_kernels_in_the_interpreter() -> None:
         [sys.executable, script], capture_output=True, text=True, check=False, env=environment(TRITON_INTERPRET="1")
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("OK ") == 71
+    assert done.stdout.count("OK ") == 75
 
 
 def test_sites_are_told_apart_by_a_cpu_tensor() -> None:
@@ -274,7 +274,7 @@ def test_sites_are_told_apart_by_a_cpu_tensor() -> None:
 
 def test_the_readme_example_runs() -> None:
     text = (Path(lk.__file__).parents[1] / "README.md").read_text()
-    code, mixture, scaled = (part.split("```")[0] for part in text.split("```python\n")[1:4])
+    code, mixture, scaled, packed = (part.split("```")[0] for part in text.split("```python\n")[1:5])
     names: dict[str, Any] = {}
     torch.manual_seed(0)
     exec(code, names)
@@ -283,4 +283,5 @@ def test_the_readme_example_runs() -> None:
     assert not names["y"][:, 64:96].any()
     exec(mixture, names)
     exec(scaled, names)
-    assert names["pool"].resident() == (names["slot"], names["mixture"], names["scaled"])
+    exec(packed, names)
+    assert names["pool"].resident() == tuple(names[name] for name in ("slot", "mixture", "scaled", "packed"))

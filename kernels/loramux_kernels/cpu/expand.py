@@ -20,7 +20,7 @@ def expand(site: Site, y: Tensor, h: Tensor) -> None:
         weights = site.slots[slot]
         if weights is None:
             continue
-        rows = h[:, : weights.a.shape[0] if weights.moments is None else weights.moments.stop]
+        rows = h[:, : weights.columns if weights.moments is None else weights.moments.stop]
         rows = rows[tokens] if isinstance(tokens, slice) else rows.index_select(0, tokens)
         scaled = rows[:, : weights.scale.shape[0]] * weights.scale
         for part in weights.live:

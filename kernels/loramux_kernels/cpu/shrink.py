@@ -17,12 +17,14 @@ def shrink(site: Site, x: Tensor, h: Tensor) -> None:
             continue
         # A low-precision product would round h; converting costs little beside reading the weights.
         a = weights.a.to(h.dtype)
-        if isinstance(tokens, slice):
-            rows = x[tokens].to(h.dtype)
-            torch.mm(rows, a.t(), out=h[tokens, : a.shape[0]])
-        else:
-            rows = x.index_select(0, tokens).to(h.dtype)
-            h[:, : a.shape[0]].index_copy_(0, tokens, rows @ a.t())
+        rows = (x[tokens] if isinstance(tokens, slice) else x.index_select(0, tokens)).to(h.dtype)
+        width = a.shape[1] // weights.bands
+        for i in range(weights.bands):
+            inputs, columns = slice(i * width, (i + 1) * width), slice(i * a.shape[0], (i + 1) * a.shape[0])
+            if isinstance(tokens, slice):
+                torch.mm(rows[:, inputs], a[:, inputs].t(), out=h[tokens, columns])
+            else:
+                h[:, columns].index_copy_(0, tokens, rows[:, inputs] @ a[:, inputs].t())
         if weights.moments is not None:
             variance, mean = torch.var_mean(rows, 1, correction=0)
             h[tokens, weights.moments] = torch.stack([mean, variance], 1)

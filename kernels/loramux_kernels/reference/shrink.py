@@ -15,7 +15,9 @@ def shrink(site: Site, x: Tensor, h: Tensor) -> None:
         weights = site.slots[slot] if slot >= 0 else None
         if weights is not None:
             a = weights.a.to(h.dtype)
-            h[t, : a.shape[0]] = a @ x[t].to(h.dtype)
+            parts = a.shape[0], weights.bands, a.shape[1] // weights.bands
+            sums = torch.einsum("rbi,bi->br", a.view(parts), x[t].to(h.dtype).view(parts[1:]))
+            h[t, : sums.numel()] = sums.flatten()
             if weights.moments is not None:
                 mean = x[t].to(h.dtype).mean()
                 h[t, weights.moments] = torch.stack([mean, (x[t].to(h.dtype) - mean).square().mean()])

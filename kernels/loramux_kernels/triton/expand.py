@@ -28,6 +28,7 @@ from loramux_kernels.triton.config import INTERPRETED, config, units
 from loramux_kernels.triton.gate import gate, logit_count, logits
 
 RULE_AT = tl.constexpr(sites.RULE_AT)
+BANDS_AT = tl.constexpr(sites.BANDS_AT)
 MAG_AT = tl.constexpr(sites.MAG_AT)
 BIAS_AT = tl.constexpr(sites.BIAS_AT)
 COUNTS_AT = tl.constexpr(sites.COUNTS_AT)
@@ -118,13 +119,16 @@ def expand_kernel(
     acc = tl.zeros((BT, BO), tl.float32)
     experts = tl.load(part + 3).to(tl.int32)
     if experts == 0:
+        # Outputs of a band have columns of h and scales of their own.
+        band = first_o * tl.load(row + BANDS_AT).to(tl.int32) // size_o
+        own_r = band * tl.load(row + 3)
         if UNIT > 1:
             before = tl.load(_outputs(y, t, y_units * UNIT, first_y, o), mask=mt[:, None] & mo[None, :], other=0.0)
         for r0 in range(0, rank, BR):
             r = r0 + tl.arange(0, BR)
             mr = r < rank
             w = tl.load(b + r[:, None] * size_o + o[None, :], mask=mr[:, None] & mo[None, :], other=0.0)
-            scaled = _scaled(h_rows + first_r, plane, scales, r, mt, mr, SPLITS, BT, BR)
+            scaled = _scaled(h_rows + first_r + own_r, plane, scales + own_r, r, mt, mr, SPLITS, BT, BR)
             acc = _product(acc, scaled, w, UPCAST)
     else:
         count = logit_count(part + RULE_AT, experts)

@@ -22,6 +22,7 @@ from loramux_kernels.plan import TILE_FIELDS
 from loramux_kernels.sites import Site
 from loramux_kernels.triton.config import INTERPRETED, config, units
 
+BANDS_AT = tl.constexpr(sites.BANDS_AT)
 MOMENTS_AT = tl.constexpr(sites.MOMENTS_AT)
 
 # Sizes are never specialised: a size that happens to be 1 would compile a new kernel, perhaps inside a capture.
@@ -84,7 +85,7 @@ def shrink_kernel(
     row = table + slot.to(tl.int64) * table_stride
     rows = tl.load(row + 3).to(tl.int32)
     first_r = tl.program_id(1) * BR
-    if first_r >= rows:
+    if first_r >= tl.cdiv(rows, BR) * BR * tl.load(row + BANDS_AT).to(tl.int32):
         return
     start = tl.load(tile + 1)
     it = tl.arange(0, BT)
@@ -97,11 +98,18 @@ def shrink_kernel(
     last_i = tl.minimum(first_i + piece_blocks * BI, size_i)
     a = weights + tl.multiple_of(tl.load(row), UNIT)
     x_rows = x + t[:, None] * (x_units * UNIT)
-    for r0 in range(first_r, rows, LANES * BR):
-        r = r0 + tl.arange(0, BR)
+    # What the piece has of each band; of the others it leaves zeros.
+    bands = tl.load(row + BANDS_AT).to(tl.int32)
+    in_band = size_i // bands
+    padded = tl.cdiv(rows, BR) * BR
+    for r0 in range(first_r, bands * padded, LANES * BR):
+        band = r0 // padded
+        begin = tl.multiple_of(tl.maximum(first_i, band * in_band), BI)
+        end = tl.minimum(last_i, (band + 1) * in_band)
+        r = r0 - band * padded + tl.arange(0, BR)
         mr = r < rows
         acc = tl.zeros((BT, BR), tl.float32)
-        for i0 in range(first_i, last_i, BI):
+        for i0 in range(begin, end, BI):
             i = i0 + tl.arange(0, BI)
             if EVEN:
                 w = tl.load(a + r[None, :] * size_i + i[:, None], mask=mr[None, :], other=0.0)
@@ -114,7 +122,7 @@ def shrink_kernel(
                 w = w.to(tl.float32)
                 v = v.to(tl.float32)
             acc = tl.dot(v, w, acc, input_precision="ieee")
-        out = h + (split * tokens + t[:, None]) * h_stride + r[None, :]
+        out = h + (split * tokens + t[:, None]) * h_stride + band * rows + r[None, :]
         tl.store(out, acc, mask=mt[:, None] & mr[None, :])
     if (tl.program_id(1) == 0) & (split == 0) & (tl.load(row + MOMENTS_AT) != 0):
         _moments(x_rows, mt, size_i, h + t * h_stride + rows, BT, BI, EVEN)

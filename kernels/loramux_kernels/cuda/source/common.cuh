@@ -16,7 +16,7 @@ constexpr int MAX_BLOCKS = 16;   // of 16 rank rows of one slice
 
 // Columns of a site's table row (sites.py): the head, then one part per slice.
 constexpr int HEAD = LORAMUX_TABLE_HEAD, PART = LORAMUX_TABLE_PART;
-enum Head { A_OFFSET, SCALE_OFFSET, EXPERT_OFFSET, ROWS, COUNTED, MOMENTS };
+enum Head { A_OFFSET, SCALE_OFFSET, EXPERT_OFFSET, ROWS, COUNTED, MOMENTS, BANDS };
 enum Part { FIRST_ROW, RANK, B_OFFSET, EXPERTS, LOGITS, RULE, MAG = RULE + LORAMUX_GATE_FIELDS, BIAS, COUNTS, SUMS };
 
 // A tile of the plan (plan.py): tokens of one slot, `start` into the step's token ids.
@@ -30,6 +30,9 @@ __device__ __forceinline__ Tile read_tile(const int* tiles, int index) {
 }
 
 __device__ __forceinline__ int blocks_of(int size, int length) { return (size + length - 1) / length; }
+
+// How many of `size` belong to one of an adapter's bands. Nearly all have one, and need no division.
+__device__ __forceinline__ int in_band(int size, int bands) { return bands > 1 ? size / bands : size; }
 
 // One slice of one tile's adapter, as the table has it.
 struct Slice {
@@ -55,13 +58,14 @@ struct Rows {
   bool use[4];
   u32 mask;  // of all 16 rows, a bit per row that counts
 
-  __device__ __forceinline__ Rows(const Slice& s, int block, u32 taken) : mask(0) {
+  // `shift`: of the first row's place among all scales.
+  __device__ __forceinline__ Rows(const Slice& s, int block, u32 taken, int shift) : mask(0) {
     const int t = threadIdx.x % 4;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const int r = block * MMA_ROWS + 4 * t + q;
       expert[q] = r < s.rank && s.experts > 0 ? __ldg(s.expert_of + r) : 0;
-      factor[q] = r < s.rank ? __ldg(s.scales + r) : 0.f;
+      factor[q] = r < s.rank ? __ldg(s.scales + shift + r) : 0.f;
       use[q] = r < s.rank && (taken >> expert[q] & 1);
       mask |= use[q] ? 1u << (4 * t + q) : 0u;
     }

@@ -46,10 +46,12 @@ __device__ __forceinline__ void run(const ExpandArgs& args, int at, int width, i
   for (int i = 0; i < 2; ++i) y[i] = args.y + max(id[i], 0) * args.y_stride + column;
   // Without rank rows there is still y to change.
   const int rounds = max(blocks, 1), steps = columns * rounds;
+  const int bands = handoff.bands, band_width = in_band(width, bands);
+  int next_first = bands > 1 ? first / band_width * rounds : 0;  // block of its band
   // Where the next copy goes from: 64 outputs and block of rank rows.
   int next = 0, next_o = first, next_block = 0;
   const auto copy_next = [&] {
-    const u32 rows = __shfl_sync(ALL, all_rows, next_block);
+    const u32 rows = __shfl_sync(ALL, all_rows, next_first + next_block);
     if (next < steps) {
       Stage& stage = ring[next % STAGES];
       const int o = next_o + piece(g);
@@ -59,7 +61,7 @@ __device__ __forceinline__ void run(const ExpandArgs& args, int at, int width, i
         const bool in = blocks > 0 && o < width && (rows >> (16 + 4 * t + q) & 1);
         copy(&stage.b[q][lane], in ? from + q * width : args.weights, in);
       }
-      if (blocks > 0) copy_cached(&stage.left[lane], &left[next_block][lane]);
+      if (blocks > 0) copy_cached(&stage.left[lane], &left[next_first + next_block][lane]);
       if (next_block == 0)
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
@@ -67,7 +69,11 @@ __device__ __forceinline__ void run(const ExpandArgs& args, int at, int width, i
           const bool in = id[v / 2] >= 0 && c < width;
           copy(&stage.y[v][lane], in ? y[v / 2] + c : y[0], in);
         }
-      if (++next_block == rounds) next_block = 0, next_o += COLUMNS;
+      if (++next_block == rounds) {
+        next_block = 0;
+        next_o += COLUMNS;
+        if (bands > 1) next_first = next_o / band_width * rounds;
+      }
     }
     ++next;
     commit();

@@ -40,7 +40,7 @@ struct Shared {
 struct Run {
   Tile tile;
   Slice slice;
-  int blocks, width, column, first, columns, rows;  // … and of A
+  int blocks, width, column, first, columns, rows, bands;  // … and of A
 
   __device__ __forceinline__ Outputs outputs() const { return {slice.part[MAG], slice.part[BIAS]}; }
 };
@@ -70,9 +70,10 @@ __device__ __forceinline__ void prepare(const ExpandArgs& args, const Run& run, 
     __syncthreads();
     taken = shared.taken[0] | shared.taken[1] | shared.taken[2] | shared.taken[3];
   }
-  for (int block = warp; block < run.blocks; block += WARPS) {
-    const Rows rows(s, block, taken);
-    if (lane == 0) shared.masks[block] = rows.mask;
+  for (int at = warp; at < run.blocks * run.bands; at += WARPS) {
+    const int band = run.bands > 1 ? at / run.blocks : 0, block = at - band * run.blocks, shift = band * run.rows;
+    const Rows rows(s, block, taken, shift);
+    if (lane == 0) shared.masks[at] = rows.mask;
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
       Vector left;
@@ -80,7 +81,8 @@ __device__ __forceinline__ void prepare(const ExpandArgs& args, const Run& run, 
       for (int i = 0; i < 2; ++i) {
         const int token = 16 * m + 8 * i + g;
         const bool live = token < run.tile.count;
-        const float* h = args.h + (live ? __ldg(ids + token) : 0) * args.h_stride + s.first_row + block * MMA_ROWS + 4 * t;
+        const float* h = args.h + (live ? __ldg(ids + token) : 0) * args.h_stride + shift + s.first_row +
+                         block * MMA_ROWS + 4 * t;
         float v[4];
         // What the shrink did not write, and what no gate selects, may hold anything: replaced, never multiplied.
 #pragma unroll
@@ -93,7 +95,7 @@ __device__ __forceinline__ void prepare(const ExpandArgs& args, const Run& run, 
         left.words[i] = T::pack(v[0], v[1]);
         left.words[2 + i] = T::pack(v[2], v[3]);
       }
-      shared.left[block][m][lane] = left;
+      shared.left[at][m][lane] = left;
     }
   }
 }
@@ -130,14 +132,15 @@ __device__ __forceinline__ void run_blocks(const ExpandArgs& args, const Run& ru
   for (int item = 0, step = 0; item < mine; ++item) {
     const int o = run.first + COLUMNS * (warp + WARPS * item);
     float acc[8][MT][4] = {};
+    const int base = run.bands > 1 ? o / (run.width / run.bands) * run.blocks : 0;
     for (int block = 0; block < run.blocks; ++block, ++step) {
       wait<STAGES - 2>();
-      if (shared.masks[block] != 0) {
+      if (shared.masks[base + block] != 0) {
         Vector w[4], left[MT];
 #pragma unroll
         for (int q = 0; q < 4; ++q) w[q] = shared.b[warp][step % STAGES][q][lane];
 #pragma unroll
-        for (int m = 0; m < MT; ++m) left[m] = shared.left[block][m][lane];
+        for (int m = 0; m < MT; ++m) left[m] = shared.left[base + block][m][lane];
         product<T, MT>(acc, left, w);
       }
       copy_next(true);
@@ -196,7 +199,8 @@ __device__ __forceinline__ void expand(const ExpandArgs& args) {
                       column,
                       COLUMNS * begin,
                       min(in_slice - begin, left),
-                      static_cast<int>(row[ROWS])};
+                      static_cast<int>(row[ROWS]),
+                      static_cast<int>(row[BANDS])};
         float* kept = args.trace + static_cast<i64>(args.first_gate + j) * args.traced * MAX_EXPERTS;
         if (run.blocks > 0 || run.outputs().any()) {
           run_blocks<T>(args, run, shared, tracing && run.first == 0 ? kept : nullptr);

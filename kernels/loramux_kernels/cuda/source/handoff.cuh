@@ -10,8 +10,8 @@ namespace loramux {
 struct alignas(16) Handoff {
   Outputs outputs;
   i64 b;                 // offset of B in the weights
-  int blocks;            // of 16 rank rows that any token takes
-  int unused;
+  int blocks;            // of 16 rank rows that any token takes, of one band
+  int bands;             // of outputs, each with its own blocks
   int ids[MMA_ROWS];     // the tokens' rows of y, −1 beyond them
   u32 rows[MAX_BLOCKS];  // per block: its place among the slice's blocks, and in the upper half a bit per row that counts
 };

@@ -146,19 +146,22 @@ __device__ __forceinline__ void hand_over(const ShrinkArgs& args, const Tile& ti
   }
   for (int j = 0, n = 0; j < args.slices; ++j) {
     const Slice s(shared.row, j, args.floats, args.ints);
-    const int blocks = blocks_of(s.rank, MMA_ROWS), at = place(index, args.slices, j);
+    const int share = blocks_of(s.rank, MMA_ROWS), at = place(index, args.slices, j);
+    const int blocks = share * static_cast<int>(shared.row[BANDS]), rows_of_a = static_cast<int>(shared.row[ROWS]);
     Handoff& handoff = args.handoff[at];
     for (int block = 0; block < blocks; ++block, ++n) {
       if (n % WARPS != warp || (s.experts > 0 && shared.masks[j][block] == 0)) continue;
       int to = block;
       if (s.experts > 0)
         for (int before = 0; before < block; ++before) to -= shared.masks[j][before] == 0;
-      const Rows rows(s, block, s.experts > 0 ? shared.taken[j] : ALL);
+      const int band = share == blocks ? 0 : block / share, shift = band * rows_of_a, own = block - band * share;
+      const Rows rows(s, own, s.experts > 0 ? shared.taken[j] : ALL, shift);
       float v[2][4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const bool live = 8 * i + g < tile.count;
-        const int id = live ? __ldg(ids + 8 * i + g) : 0, column = s.first_row + block * MMA_ROWS + 4 * t;
+        const int id = live ? __ldg(ids + 8 * i + g) : 0;
+        const int column = shift + s.first_row + own * MMA_ROWS + 4 * t;
 #pragma unroll
         for (int q = 0; q < 4; ++q) v[i][q] = live && rows.use[q] ? sum_planes(args, id, column + q) : 0.f;
       }
@@ -175,7 +178,7 @@ __device__ __forceinline__ void hand_over(const ShrinkArgs& args, const Tile& ti
         left.words[2 + i] = T::pack(v[i][2], v[i][3]);
       }
       args.left[static_cast<i64>(at) * MAX_BLOCKS + to][lane] = left;
-      if (lane == 0) handoff.rows[to] = static_cast<u32>(block) | rows.mask << 16;
+      if (lane == 0) handoff.rows[to] = static_cast<u32>(own) | rows.mask << 16;
     }
     if (warp == j % WARPS) {
       if (lane < MMA_ROWS) handoff.ids[lane] = lane < tile.count ? __ldg(ids + lane) : -1;
@@ -184,7 +187,8 @@ __device__ __forceinline__ void hand_over(const ShrinkArgs& args, const Tile& ti
       if (lane == 0) {
         handoff.b = s.part[B_OFFSET];
         handoff.outputs = {s.part[MAG], s.part[BIAS]};
-        handoff.blocks = live_blocks;
+        handoff.bands = static_cast<int>(shared.row[BANDS]);
+        handoff.blocks = in_band(live_blocks, handoff.bands);
       }
     }
   }
@@ -223,13 +227,17 @@ __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
     if (threadIdx.x == 0) shared.next = item + blocks;  // kept here, as registers are short
     __syncthreads();
     const int rows = static_cast<int>(shared.row[ROWS]);
-    const int units = blocks_of(rows, MMA_ROWS) * args.planes;
+    const int bands = static_cast<int>(shared.row[BANDS]);
+    const int units = blocks_of(rows, MMA_ROWS) * args.planes * bands;
     const element* a = args.weights + shared.row[A_OFFSET];
     const Inputs in{args.x, args.x_stride, args.token_ids + tile.start, tile.count, args.d_in};
     if (units == 0 && lane == 0) hand_over<T, false>(args, tile, index, shared);
     for (int unit = lane; unit < units; unit += lanes) {
-      const int first = unit / args.planes * MMA_ROWS, plane = unit % args.planes, part = plane * WARPS + warp;
-      const int begin = chunks * part / parts, end = chunks * (part + 1) / parts;
+      const int plane = unit % args.planes, part = plane * WARPS + warp, row_blocks = blocks_of(rows, MMA_ROWS);
+      // Units of one band after those of another.
+      const int band = bands > 1 ? unit / args.planes / row_blocks : 0;
+      const int first = (unit / args.planes - band * row_blocks) * MMA_ROWS, share = in_band(chunks, bands);
+      const int begin = band * share + share * part / parts, end = band * share + share * (part + 1) / parts;
       const element* mine = a + static_cast<i64>(first) * args.d_in;
       if (tile.count <= 8)
         sums<T, 1, 8>(in, mine, rows - first, begin, end, shared.partial[warp]);
@@ -246,7 +254,8 @@ __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) sum += shared.partial[w][token][r];
-        args.h[plane * args.plane_stride + __ldg(args.token_ids + tile.start + token) * args.h_stride + first + r] = sum;
+        const i64 id = __ldg(args.token_ids + tile.start + token);
+        args.h[plane * args.plane_stride + id * args.h_stride + band * rows + first + r] = sum;
       }
       __threadfence();
       __syncthreads();

@@ -55,29 +55,34 @@ __device__ __forceinline__ void shrink(const ShrinkArgs& args) {
     normed |= row[MOMENTS] != 0;
     const element* a = args.weights + row[A_OFFSET];
     const Inputs in{args.x, args.x_stride, args.token_ids + tile.start, tile.count, args.d_in};
-    for (int first = item % lanes * GROUP_ROWS; first < all_rows; first += lanes * GROUP_ROWS) {
-      const int rows = min(all_rows - first, GROUP_ROWS), blocks = blocks_of(rows, MMA_ROWS);
-      // Fewer blocks of rows than warps: several warps share a block and take pieces of the inputs.
-      const int sharing = blocks > 4 ? 1 : blocks > 2 ? 2 : blocks > 1 ? 4 : 8;
-      const int block = warp / sharing, piece = warp % sharing;
-      if (block < blocks) {
-        const int part_begin = chunks * part / CLUSTER, part_end = chunks * (part + 1) / CLUSTER;
-        const int begin = part_begin + (part_end - part_begin) * piece / sharing;
-        const int end = part_begin + (part_end - part_begin) * (piece + 1) / sharing;
-        const element* mine = a + static_cast<i64>(first + block * MMA_ROWS) * args.d_in;
-        sums<T, TILES, DEPTH>(in, mine, rows - block * MMA_ROWS, begin, end, partial[warp]);
+    // The bands are read again where they are needed: in the products' loop there is no register to keep them in.
+    for (int band = 0; band < static_cast<int>(__ldg(row + BANDS)); ++band) {
+      for (int first = item % lanes * GROUP_ROWS; first < all_rows; first += lanes * GROUP_ROWS) {
+        const int rows = min(all_rows - first, GROUP_ROWS), blocks = blocks_of(rows, MMA_ROWS);
+        // Fewer blocks of rows than warps: several warps share a block and take pieces of the inputs.
+        const int sharing = blocks > 4 ? 1 : blocks > 2 ? 2 : blocks > 1 ? 4 : 8;
+        const int block = warp / sharing, piece = warp % sharing;
+        if (block < blocks) {
+          const int share = in_band(chunks, static_cast<int>(__ldg(row + BANDS)));
+          const int part_begin = share * band + share * part / CLUSTER;
+          const int part_end = share * band + share * (part + 1) / CLUSTER;
+          const int begin = part_begin + (part_end - part_begin) * piece / sharing;
+          const int end = part_begin + (part_end - part_begin) * (piece + 1) / sharing;
+          const element* mine = a + static_cast<i64>(first + block * MMA_ROWS) * args.d_in;
+          sums<T, TILES, DEPTH>(in, mine, rows - block * MMA_ROWS, begin, end, partial[warp]);
+        }
+        cluster_barrier();
+        for (int i = part * THREADS + threadIdx.x; i < blocks * TOKENS * MMA_ROWS; i += CLUSTER * THREADS) {
+          const int b = i / (TOKENS * MMA_ROWS), token = i / MMA_ROWS % TOKENS, r = b * MMA_ROWS + i % MMA_ROWS;
+          if (token >= tile.count || r >= rows) continue;
+          float sum = 0;
+          for (int p = 0; p < sharing; ++p)
+  #pragma unroll
+            for (int c = 0; c < CLUSTER; ++c) sum += load_of(&partial[b * sharing + p][token][i % MMA_ROWS], c);
+          args.h[__ldg(args.token_ids + tile.start + token) * args.h_stride + band * all_rows + first + r] = sum;
+        }
+        cluster_barrier();  // nobody overwrites or leaves what others still read
       }
-      cluster_barrier();
-      for (int i = part * THREADS + threadIdx.x; i < blocks * TOKENS * MMA_ROWS; i += CLUSTER * THREADS) {
-        const int b = i / (TOKENS * MMA_ROWS), token = i / MMA_ROWS % TOKENS, r = b * MMA_ROWS + i % MMA_ROWS;
-        if (token >= tile.count || r >= rows) continue;
-        float sum = 0;
-        for (int p = 0; p < sharing; ++p)
-#pragma unroll
-          for (int c = 0; c < CLUSTER; ++c) sum += load_of(&partial[b * sharing + p][token][i % MMA_ROWS], c);
-        args.h[__ldg(args.token_ids + tile.start + token) * args.h_stride + first + r] = sum;
-      }
-      cluster_barrier();  // nobody overwrites or leaves what others still read
     }
   }
   if (normed) moments_of_tiles<T>(args, tiles, lanes, clusters, part);
