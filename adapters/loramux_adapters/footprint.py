@@ -15,25 +15,30 @@ from loramux_kernels.sequences import ROWS_PER_SEQUENCE
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def pool_bytes(adapter: LoweredAdapter, base: BaseModel, dtype: torch.dtype, max_requests: int = 0) -> int:
+def pool_bytes(
+    adapter: LoweredAdapter, base: BaseModel, dtype: torch.dtype, max_requests: int = 0, *, tiled: bool = False
+) -> int:
     """Bytes in a pool of this dtype: rank rows, routers, magnitudes, biases and tables, alignment included.
 
     max_requests  how many requests may run at once: the pool keeps counts for each where the adapter has a capacity
+    tiled         whether it is the pool of a device that is no CPU, whose kernels pack fewer block-diagonal adapters
 
     The adapter passed `check_servable`.
     """
-    return _bytes(reservation(adapter, base.biased), base, dtype, max_requests)
+    return _bytes(reservation(adapter, base.biased), base, dtype, max_requests, tiled)
 
 
-def draw_pool_bytes(adapter: LoweredAdapter, base: BaseModel, dtype: torch.dtype, max_requests: int = 0) -> int:
+def draw_pool_bytes(
+    adapter: LoweredAdapter, base: BaseModel, dtype: torch.dtype, max_requests: int = 0, *, tiled: bool = False
+) -> int:
     """`pool_bytes` of a draw beside its mean, whose B it borrows where no draw changes it; at most."""
     reserved = reservation(adapter, base.biased) | {"ranks": drawn_ranks(adapter), "borrowed": kept_b(adapter)}
-    return _bytes(reserved, base, dtype, max_requests)
+    return _bytes(reserved, base, dtype, max_requests, tiled)
 
 
-def _bytes(reserved: dict[str, Any], base: BaseModel, dtype: torch.dtype, max_requests: int) -> int:
+def _bytes(reserved: dict[str, Any], base: BaseModel, dtype: torch.dtype, max_requests: int, tiled: bool) -> int:
     max_rank = max(1, *reserved["ranks"].values())
-    geometry = Geometry(site_specs(base), dtype, max_rank, ROWS_PER_SEQUENCE * max_requests)
+    geometry = Geometry(site_specs(base), dtype, max_rank, ROWS_PER_SEQUENCE * max_requests, tiled)
     return sum(layout.nbytes for layout in geometry.layouts(**reserved).values())
 
 

@@ -65,6 +65,8 @@ class LoweredSite:
     bias       [d_out]
     carry      rank-space input from an earlier site
     variance   the posterior of which a, b and scale are the mean
+    bands      n: a and b are block-diagonal, the i-th R/n of the ranks are zero but in the i-th d_in/n of the inputs
+               and the i-th d_out/n of the outputs. Says nothing new; a pool can leave the zeros out for it
     """
 
     a: torch.Tensor
@@ -77,6 +79,7 @@ class LoweredSite:
     bias: torch.Tensor | None = None
     carry: Carry | None = None
     variance: Variance | None = None
+    bands: int = 1
 
     @property
     def rank(self) -> int:

@@ -202,6 +202,8 @@ def _describe_site(site: LoweredSite) -> dict[str, Any]:
     described: dict[str, Any] = {"rank": site.rank}
     if site.gate is not None:
         described["gate"] = site.gate
+    if site.bands != 1:
+        described["bands"] = site.bands
     if optional := [name for name in OPTIONAL_TENSORS if getattr(site, name) is not None]:
         described["tensors"] = optional
     if (carry := site.carry) is not None:
@@ -214,14 +216,14 @@ def _describe_site(site: LoweredSite) -> dict[str, Any]:
 
 def _read_site(module: str, entry: Fields, tensors: _Tensors) -> LoweredSite:
     with entry:
-        rank = entry.integer("rank")
+        rank, bands = entry.integer("rank"), entry.integer("bands", 1)
         optional = _optional(entry, OPTIONAL_TENSORS)
         gate = entry.text("gate", None)
         carry = _read_carry(entry)
         variance = _read_variance(module, entry, tensors)
     values: dict[str, Any] = {name: tensors.take(f"{module}.{name}") for name in optional}
     a, b, scale = (tensors.take(f"{module}.{part}") for part in ("A", "B", "scale"))
-    site = LoweredSite(a, b, scale, gate=gate, carry=carry, variance=variance, **values)
+    site = LoweredSite(a, b, scale, gate=gate, carry=carry, variance=variance, bands=bands, **values)
     if site.b.ndim != 2 or rank != site.rank:
         raise AdapterShapeMismatch(
             f"{shown(module)} has rank {rank} in the description, but B has shape {tuple(site.b.shape)}.",

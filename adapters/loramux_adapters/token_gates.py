@@ -24,6 +24,7 @@ def reservation(adapter: LoweredAdapter, biased: Container[str]) -> dict[str, An
         "gates": token_gates(adapter),
         "mag": {m for m, site in sites.items() if site.magnitude is not None},
         "bias": {m for m, site in sites.items() if site.shifts(m in biased)},
+        "bands": {m: site.bands for m, site in sites.items() if site.bands > 1},
     }
 
 

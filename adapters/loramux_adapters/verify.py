@@ -19,7 +19,7 @@ from loramux_adapters.errors import (
 from loramux_adapters.gate import GateSource
 from loramux_adapters.lowered import LoweredAdapter, LoweredSite
 from loramux_adapters.verify_gate import check_expert_map, check_gate
-from loramux_adapters.verify_site import check_carry, check_deviations, check_experts, check_site
+from loramux_adapters.verify_site import check_carry, check_deviations, check_experts, check_site, check_zeros
 
 
 def verify(adapter: LoweredAdapter, base: BaseModel) -> None:
@@ -104,6 +104,7 @@ def check_values(adapter: LoweredAdapter) -> None:
                 hint="A magnitude is the ratio of two lengths and above 0.",
                 field=f"{module}.magnitude",
             )
+        check_zeros(module, site)
         check_experts(module, site, None if site.gate is None else adapter.gates[site.gate])
         if site.variance is not None:
             check_deviations(module, site.variance)

@@ -33,6 +33,8 @@ def check_site(module: str, site: LoweredSite) -> None:
         raise _invalid(f"{module}.expert", "names experts without a gate", "Name the gate, or leave expert out.")
     if site.variance is not None:
         _check_variance(module, site, site.variance)
+    if site.bands != 1:
+        _check_bands(module, site)
 
 
 def _is_outputs_only(site: LoweredSite) -> bool:
@@ -69,6 +71,16 @@ def check_deviations(module: str, variance: Variance) -> None:
                 f"holds {float(sigma.min()):g}",
                 "Standard deviations are 0 or above: store them, not what training made them from.",
             )
+
+
+def check_zeros(module: str, site: LoweredSite) -> None:
+    """Outside of its bands a block-diagonal site is zero."""
+    for name, factor in (("A", site.a), ("B", site.b)):
+        if site.bands > 1 and factor.shape[0]:
+            rows, columns = (size // site.bands for size in factor.shape)
+            blocks = factor.reshape(site.bands, rows, site.bands, columns).diagonal(dim1=0, dim2=2)
+            if blocks.count_nonzero() != factor.count_nonzero():
+                raise _invalid(f"{module}.{name}", f"is not zero outside of {site.bands} bands", "Leave bands out.")
 
 
 def check_carry(module: str, carry: Carry, adapter: LoweredAdapter) -> None:
@@ -112,6 +124,15 @@ def _check_variance(module: str, site: LoweredSite, variance: Variance) -> None:
         expected = tuple(axes.get(letter, 1) for letter in letters)
         if tuple(tensor.shape) != expected:
             raise _mismatch(f"{module}.variance.{name}", tensor, f"{expected} ({', '.join(letters)})")
+
+
+def _check_bands(module: str, site: LoweredSite) -> None:
+    field = f"sites.{module}.bands"
+    if site.bands < 1 or any(size % site.bands for size in (*site.a.shape, *site.b.shape)):
+        sizes = f"rank {site.rank}, {site.a.shape[1]} inputs and {site.b.shape[1]} outputs"
+        raise _invalid(field, f"is {site.bands}, which does not divide {sizes}", "Leave it out, or correct it.")
+    if (site.gate, site.arow, site.carry, site.variance) != (None,) * 4:
+        raise _invalid(field, "stands beside a gate, arow, a carry or a posterior", "Leave one of them out.")
 
 
 def _check_range(field: str, index: torch.Tensor, limit: int) -> None:

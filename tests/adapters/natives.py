@@ -198,6 +198,13 @@ def adapters(draw: st.DrawFn, base: BaseModel = BASE) -> LoweredAdapter:
             st.none() | variances(rows, rank, d_in, d_out, bool(values.keys() & {"gate", "carry"}))
         )
         a, b = draw(tensors(rows, d_in)), draw(tensors(rank, d_out))
+        if (
+            rank % 2 == d_in % 2 == d_out % 2 == 0
+            and not values.keys() & {"arow", "gate", "carry"}
+            and values["variance"] is None
+        ):
+            values["bands"] = 2
+            a, b = (t * torch.block_diag(*[t.new_ones(rank // 2, t.shape[1] // 2)] * 2) for t in (a, b))
         sites[module] = LoweredSite(a, b, torch.rand(rank) + 0.5, **values)
     if free and draw(st.booleans()):
         # A module that has no rank, but a bias.

@@ -35,14 +35,15 @@ TWO = torch.tensor([0, 1, 1, 1], dtype=torch.int32)
         LoweredAdapter("lora", {Q: make_site(), DOWN: make_site(DOWN, 3)}),
         LoweredAdapter("dora", {UP: make_site(UP, magnitude=torch.ones(40), bias=torch.ones(40))}),
         LoweredAdapter("dora", {Q: make_site(magnitude=torch.ones(24))}),
+        LoweredAdapter("melora", {Q: make_site(bands=2)}),
         make_mixture(),
         LoweredAdapter("adamole", {Q: make_site(gate="q", expert=TWO)}, gates={"q": ADAPTIVE}),
         LoweredAdapter("mola/compact", {Q: make_site(gate="q", expert=TWO)}, gates={"q": MERGED}),
         LoweredAdapter("sira", {Q: make_site(gate="q", expert=TWO)}, gates={"q": make_gate(5, capacity=Capacity(9))}),
     ],
     ids=[
-        "plain", "magnitude and bias", "magnitude", "mixture", "threshold of the token's own", "merged experts",
-        "capacity",
+        "plain", "magnitude and bias", "magnitude", "bands", "mixture", "threshold of the token's own",
+        "merged experts", "capacity",
     ],
 )  # fmt: skip
 def test_bytes_are_what_a_pool_takes(adapter: LoweredAdapter, dtype: torch.dtype) -> None:

@@ -97,6 +97,7 @@ def test_the_digest_covers_every_field() -> None:
     of_site: dict[str, Any] = dict(
         a=-site.a, b=-site.b, scale=-site.scale, gate=None, expert=index, arow=index, magnitude=torch.ones(24),
         bias=torch.ones(24), carry=Carry(DOWN, CarryKind.PREV_U), variance=Variance(VarianceKind.DROPOUT, rate=0.5),
+        bands=2,
     )  # fmt: skip
     assert of_gate.keys() == {field.name for field in fields(Gate)}
     assert of_site.keys() == {field.name for field in fields(LoweredSite)}

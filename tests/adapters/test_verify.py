@@ -103,6 +103,21 @@ HIERARCHICAL = Variance(
 )
 
 
+def test_bands() -> None:
+    def plain(n: int) -> LoweredAdapter:
+        site = make_site()
+        mask = torch.block_diag(*[torch.ones(2, 12)] * 2)
+        return LoweredAdapter("x", {Q: replace(site, a=site.a * mask, b=site.b * mask, bands=n)})
+
+    for n in (1, 2):
+        verify(plain(n), BASE)
+    for n in (3, 0, -2):
+        assert refused(plain(n)) == (INVALID, f"sites.{Q}.bands")
+    assert refused(plain(4)) == (INVALID, f"{Q}.A")
+    whole = LoweredAdapter("x", {Q: replace(plain(2).sites[Q], b=torch.ones(4, 24))})
+    assert refused(whole) == (INVALID, f"{Q}.B")
+
+
 def with_site(**changes: Any) -> LoweredAdapter:
     adapter = make_mixture()
     return replace(adapter, sites={**adapter.sites, Q: replace(adapter.sites[Q], **changes)})
@@ -113,6 +128,7 @@ def with_site(**changes: Any) -> LoweredAdapter:
     [
         ({"a": torch.ones(3, 24)}, SHAPE, f"{Q}.A"),
         ({"a": torch.ones(96)}, SHAPE, f"{Q}.A"),
+        ({"bands": 2}, INVALID, f"sites.{Q}.bands"),  # beside a gate
         ({"b": torch.ones(3, 24)}, SHAPE, f"{Q}.A"),
         ({"b": torch.ones(0, 24)}, SHAPE, f"{Q}.B"),
         ({"b": torch.ones(4, 25)}, SHAPE, Q),

@@ -140,6 +140,7 @@ ROWS: dict[str, Row] = {
     "malora, shared rows": _row("malora", malora, lora_alpha=0.4, shared_rank=3, target_modules=["o_proj"]),
     "mcdropout": _row("mcdropout", mcdropout, lora_alpha=0.3, target_modules=["o_proj"]),
     "melora": _row("melora", melora, lora_alpha=[0.2, 0.4, 0.1, -0.3]),
+    "melora, packed": _row("melora", melora, r=[4, 4], lora_alpha=[0.4, -0.6], target_modules=["v_proj", "gate_proj"]),
     "moelora": _row("moelora", moelora, lora_alpha=0.8, task_id=2),
     "moe_peft, mola": _row("moe_peft", moe_peft, lora_alpha=0.4, target_modules=["k_proj", "up_proj"]),
     "moe_peft, loramoe": _row("moe_peft", moe_peft, kind="LORAMOE", lora_alpha=0.4),

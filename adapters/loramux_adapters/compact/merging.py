@@ -130,7 +130,9 @@ def _stacked(site: LoweredSite, blocks: dict[int, Rows], *, kept: bool) -> Lower
     if not order:
         if site.magnitude is None and site.bias is None:
             return None
-        return replace(site, a=site.a[:0], b=site.b[:0], scale=site.scale[:0], gate=None, expert=None, arow=None)
+        return replace(
+            site, a=site.a[:0], b=site.b[:0], scale=site.scale[:0], gate=None, expert=None, arow=None, bands=1
+        )
     expert = torch.cat([torch.full((blocks[index].rank,), index, dtype=torch.int32) for index in order])
     return replace(
         site,
@@ -139,4 +141,5 @@ def _stacked(site: LoweredSite, blocks: dict[int, Rows], *, kept: bool) -> Lower
         scale=torch.cat([blocks[index].scale for index in order]),
         expert=expert if site.gate is not None else None,
         arow=None,
+        bands=1,
     )

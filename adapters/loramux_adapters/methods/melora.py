@@ -3,10 +3,11 @@
     y_t = W0 x_t + concat_i( α_i/r_i · B_i · A_i · x_t[i·w : (i+1)·w] )        w = d_in // n
 
 A_i [r_i, w], B_i [d_out/n, r_i], i = 0 … n-1: a block-diagonal ΔW of rank Σ r_i. Lowered to one LoRA of that rank,
-with zeros outside of the blocks: a [Σ r_i, d_in], b [Σ r_i, d_out]. That is exact, and costs what a LoRA of rank Σ r_i
-costs, n times the blocks' bytes and work: a warning says how much. What MELoRA saves in training is not saved in
-serving, as a rank row of the data plane reads all inputs and writes all outputs; a begin and a length of both for each
-row, in the form and in every backend, would save it. The lowered size is checked against the limit for files.
+with zeros outside of the blocks: a [Σ r_i, d_in], b [Σ r_i, d_out]. Where all r_i are equal and n divides d_in, that
+form says `bands: n`, and the data plane packs row j of every block into one row: the bytes and the work of a LoRA of
+rank r_i. Its kernels on a GPU can do so where blocks are multiples of 128 wide on both sides, in all the layers that
+the engine fuses. Elsewhere the zeros are served, n times the blocks' bytes and work, and warnings say in how many
+layers. The lowered file has the zeros in any case; its size is checked against the limit for files.
 
 Read in ChasonShi/MELoRA at 4ebb8b4 (`peft-0.5.0/src/peft/tuners/melora.py`): names `lora_A.{i}.weight`,
 `lora_B.{i}.weight`; config `peft_type: MELORA` with lists `r` and `lora_alpha` of length n. Its forward pass does not
@@ -15,7 +16,7 @@ d_out, or an r_i is 0, the code fails: refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from loramux_adapters.peft.sites import Part, Sites, read_sites
 from loramux_adapters.peft.targets import Targets
 from loramux_adapters.peft.tensors import PREFIX
 from loramux_adapters.verify import verify
+from loramux_kernels import BAND_UNIT
 
 _LAYOUT = {
     "a": Part(PREFIX + "{module}.lora_A.{index}.weight", "RI"),
@@ -86,7 +88,9 @@ class Melora:
             ]
             d_in, d_out = base.linears[module]
             b = [block.T for block in _placed([block.T for block in part["b"]], d_out)]
-            sites[module] = summed_site(_placed(part["a"], d_in), b, scale)
+            alike = len({len(a) for a in part["a"]}) == 1 and d_in % len(part["a"]) == 0
+            site = summed_site(_placed(part["a"], d_in), b, scale)
+            sites[module] = replace(site, bands=len(part["a"]) if alike else 1)
         return LoweredAdapter(self.name, sites, (*checkpoint.sites.warnings, *_cost(checkpoint, sites)))
 
     def verify(self, adapter: LoweredAdapter, base: BaseModel) -> None:
@@ -94,14 +98,23 @@ class Melora:
 
 
 def _cost(checkpoint: MeloraCheckpoint, sites: Mapping[str, LoweredSite]) -> Iterator[str]:
-    """What the zeros take, if there are any."""
-    blocks = sum(block.nbytes for part in checkpoint.sites.modules.values() for key in "ab" for block in part[key])
-    whole = sum(site.a.nbytes + site.b.nbytes for site in sites.values())
-    if (number := len(checkpoint.alphas)) > 1:
-        yield (
-            f"MELoRA's {number} blocks are served as one LoRA with zeros outside of them: {whole} bytes instead of "
-            f"{blocks}, and {number} times the work."
-        )
+    """What the zeros take, where they cannot be left out."""
+    if (number := len(checkpoint.alphas)) == 1:
+        return
+    whole = [module for module, site in sites.items() if site.bands == 1]
+    narrow = [
+        module
+        for module, site in sites.items()
+        if site.bands > 1 and any(factor.shape[1] % (number * BAND_UNIT) for factor in (site.a, site.b))
+    ]
+    for modules, where in ((whole, ""), (narrow, "On a GPU, ")):
+        blocks = sum(block.nbytes for m in modules for key in "ab" for block in checkpoint.sites.modules[m][key])
+        nbytes = sum(sites[m].a.nbytes + sites[m].b.nbytes for m in modules)
+        if modules:
+            yield (
+                f"{where}MELoRA's {number} blocks of {len(modules)} layers are served with the zeros outside of them: "
+                f"{nbytes} bytes instead of {blocks}, and {number} times the work."
+            )
 
 
 def _placed(blocks: Sequence[torch.Tensor], width: int) -> list[torch.Tensor]:

@@ -75,6 +75,7 @@ def _site(site: LoweredSite, sigma_q: float) -> LoweredSite:
         expert=None if site.expert is None else torch.cat(expert),
         arow=None,
         variance=Variance(VarianceKind.DIAGONAL_A, {"sigma_a": torch.cat(sigma).float()}),
+        bands=1,  # Vᵀ mixes the ranks of all blocks
     )
 
 

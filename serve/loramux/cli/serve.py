@@ -78,9 +78,11 @@ def run(config: ServeConfig) -> int:
     def exact(name: str) -> bool:
         return few or adapters[name].required
 
-    item_bytes, requests = arguments.item_bytes(args), arguments.max_requests(args)
-    measure = functools.partial(memory_of, base=base, item_bytes=item_bytes, max_requests=requests)
-    measure_draw = functools.partial(draw_memory_of, base=base, item_bytes=item_bytes, max_requests=requests)
+    item_bytes, requests, tiled = arguments.item_bytes(args), arguments.max_requests(args), arguments.on_device()
+    measure = functools.partial(memory_of, base=base, item_bytes=item_bytes, max_requests=requests, tiled=tiled)
+    measure_draw = functools.partial(
+        draw_memory_of, base=base, item_bytes=item_bytes, max_requests=requests, tiled=tiled
+    )
     plan = MemoryPlan(
         device=arguments.device_name(),
         dtype=str(args.dtype),

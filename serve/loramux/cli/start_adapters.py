@@ -85,8 +85,11 @@ def check(adapters: Mapping[str, Given], prepare: Prepare, store: Store, *, all_
     return known
 
 
-def memory_of(artefact: Artefact, base: BaseModel, item_bytes: int, *, max_requests: int, exact: bool) -> int:
-    """Bytes of an adapter in the pool; `item_bytes`: those of one weight there; `max_requests`: how many may run.
+def memory_of(
+    artefact: Artefact, base: BaseModel, item_bytes: int, *, max_requests: int, exact: bool, tiled: bool = False
+) -> int:
+    """Bytes of an adapter in the pool; `item_bytes`: those of one weight there; `max_requests`: how many may run;
+    `tiled`: whether the pool is that of a GPU (`pool_bytes`).
 
     Not `exact`: from the summary alone, up to a few per cent and without the counts of a capacity, for adapters by the
     thousand.
@@ -94,14 +97,16 @@ def memory_of(artefact: Artefact, base: BaseModel, item_bytes: int, *, max_reque
     if exact:
         # Damaged since it was written: it will be read from its source again.
         with suppress(AdapterError):
-            return pool_bytes(open_artefact(artefact.path), base, _DTYPES[item_bytes], max_requests)
+            return pool_bytes(open_artefact(artefact.path), base, _DTYPES[item_bytes], max_requests, tiled=tiled)
     stored = 2 if artefact.summary.dtype in ("bfloat16", "float16") else 4
     return artefact.summary.nbytes * item_bytes // stored
 
 
-def draw_memory_of(artefact: Artefact, base: BaseModel, item_bytes: int, *, max_requests: int) -> int:
+def draw_memory_of(
+    artefact: Artefact, base: BaseModel, item_bytes: int, *, max_requests: int, tiled: bool = False
+) -> int:
     """Bytes of one draw of a Bayesian adapter in the pool, beside its mean, at most. Raises AdapterError."""
-    return draw_pool_bytes(open_artefact(artefact.path), base, _DTYPES[item_bytes], max_requests)
+    return draw_pool_bytes(open_artefact(artefact.path), base, _DTYPES[item_bytes], max_requests, tiled=tiled)
 
 
 def draws_among(adapters: Mapping[str, Artefact], measure: Callable[[Artefact], int]) -> dict[str, int]:

@@ -116,6 +116,11 @@ def device_name() -> str:
     return "CPU" if current_platform.is_cpu() else str(current_platform.get_device_name())
 
 
+def on_device() -> bool:
+    """Whether kernels of a device that is no CPU will serve."""
+    return not current_platform.is_cpu()
+
+
 def kv_cache_line(args: Namespace) -> str:
     """For the memory plan: vLLM decides the rest."""
     if current_platform.is_cpu():

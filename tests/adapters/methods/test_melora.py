@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux_adapters import AdapterError, BaseModel, lower
+from loramux_adapters.footprint import pool_bytes
 
 from ..checkpoints import BASE, write_adapter
 from ..layouts.melora import ALPHAS, RANKS, delta, make_config, make_tensors
@@ -30,17 +31,38 @@ def test_logits_are_those_of_the_formula(ranks, dtype, reference, tmp_path):
     assert all(site.a.dtype == site.b.dtype == dtype for site in adapter.sites.values())
 
 
-@pytest.mark.parametrize("number", [1, 2, 4])
-def test_the_cost_of_the_zeros_is_said(number, tmp_path):
+@pytest.mark.parametrize(
+    ("ranks", "width", "bands", "where"),
+    [
+        ([3], 24, 1, None),
+        ([3] * 4, 512, 4, None),
+        # Blocks that kernels on a GPU cannot pack; of unequal ranks, nobody can.
+        ([3] * 2, 384, 2, "On a GPU, "),
+        ([3, 3, 6, 3], 512, 1, ""),
+    ],
+)
+def test_the_cost_of_the_zeros_is_said_where_they_are_served(ranks, width, bands, where, tmp_path):
     """Where n divides both widths, n times the blocks' bytes."""
-    config = make_config(r=[3] * number, lora_alpha=[6] * number)
-    tensors = make_tensors(config)
+    number, base = len(ranks), BaseModel("one", {"layers.0.q_proj": (width, 512)})
+    config = make_config(r=ranks, lora_alpha=[6] * number)
+    tensors = make_tensors(config, base)
     blocks = sum(tensor.nbytes for tensor in tensors.values())
-    adapter = lower(write_adapter(tmp_path, config, tensors), BASE)
-    assert sum(site.a.nbytes + site.b.nbytes for site in adapter.sites.values()) == number * blocks
+    adapter = lower(write_adapter(tmp_path, config, tensors), base)
+    (site,) = adapter.sites.values()
+    assert site.bands == bands and site.a.nbytes + site.b.nbytes == number * blocks
     said = [warning for warning in adapter.warnings if "MELoRA" in warning]
-    assert len(said) == (number > 1)
-    assert all(f"{number * blocks} bytes instead of {blocks}, and {number} times" in warning for warning in said)
+    cost = f"{number * blocks} bytes instead of {blocks}, and {number} times the work."
+    assert len(said) == (where is not None)
+    assert all(warning.startswith(f"{where}MELoRA's") and warning.endswith(cost) for warning in said)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_the_pool_takes_the_bytes_of_one_block(tiled, tmp_path):
+    """Those of a LoRA of a block's rank, and a scale for each rank row of all blocks."""
+    base = BaseModel("one", {"layers.0.q_proj": (512, 1024)})
+    config = make_config(r=[4] * 4, lora_alpha=[6] * 4)
+    adapter = lower(write_adapter(tmp_path, config, make_tensors(config, base)), base)
+    assert pool_bytes(adapter, base, torch.float32, tiled=tiled) == 4 * (512 + 1024) * 4 + 128
 
 
 def test_logits_are_those_of_the_formula_on_transposed_layers(reference, tmp_path):

@@ -182,6 +182,16 @@ def test_memory_of_magnitudes_and_biases(tmp_path: Path) -> None:
         assert found == plain + words * aligned(4 * 8)
 
 
+def test_memory_of_bands_is_that_of_where_they_are_packed(tmp_path: Path) -> None:
+    """Not on a GPU, for blocks of two inputs."""
+    a, b = torch.block_diag(torch.ones(1, 2), torch.ones(1, 2)), torch.block_diag(torch.ones(1, 4), torch.ones(1, 4))
+    adapter = LoweredAdapter("melora", {"up_proj": LoweredSite(a, b, torch.ones(2), bands=2)})
+    for tiled, rows in ((False, 1), (True, 2)):
+        expected = sum(map(aligned, (rows * 4 * 2, 2 * 4, rows * 8 * 2)))
+        found = memory_of(written(adapter, tmp_path), BASE, 2, max_requests=1, exact=True, tiled=tiled)
+        assert found == expected
+
+
 def written(adapter: LoweredAdapter, cache: Path) -> Artefact:
     digest = digest_of(adapter)
     return Artefact(write_artefact(adapter, "b", digest, cache), digest, summarise(adapter, "b"))
