@@ -212,6 +212,11 @@ async def test_a_restart_keeps_it_and_another_base_does_not(tmp_path: Path) -> N
     store._connection.execute("PRAGMA query_only = ON")
     with pytest.raises(StateNotWritten):
         await Calibrations(store).keep(version, make())
+    store._connection.execute("PRAGMA query_only = OFF")
+    full = "CREATE TEMP TRIGGER full BEFORE INSERT ON calibrations BEGIN SELECT RAISE(ABORT, 'full'); END"
+    store._connection.execute(full)
+    with pytest.raises(StateNotWritten):  # when the one that it replaces is gone already
+        await Calibrations(store).keep(version, make())
     assert [one.id for one in Calibrations(store).of(version)] == [made.id]  # nothing has changed
     store.close()
     store = open_store(tmp_path)

@@ -120,6 +120,16 @@ def test_the_risk_is_kept_as_often_as_promised(discrete: bool) -> None:
     assert kept >= at_least(1 - delta, trials) and found > trials / 10  # and not by giving none
 
 
+def test_trying_several_thresholds_costs_nothing_of_the_promise() -> None:
+    """A risk just above what is asked for, wherever the threshold lies: each that is found is a mistake."""
+    rng, trials, delta = np.random.default_rng(4), 400, 0.2
+    found = sum(
+        threshold.find(rng.random(400), rng.random(400) > 0.101, risk=0.1, delta=delta) is not None
+        for _ in range(trials)
+    )
+    assert trials - found >= at_least(1 - delta, trials)
+
+
 def test_a_threshold_lets_through_what_it_may() -> None:
     u = np.arange(29.0)
     everything = threshold.find(u, np.ones(29, bool), risk=0.1, delta=0.05)
