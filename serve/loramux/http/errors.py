@@ -29,7 +29,7 @@ DEFAULTS: dict[int, tuple[str, str]] = {
 HINTS: dict[str, str] = {
     "invalid_api_key": "Send the server's key: Authorization: Bearer KEY.",
     "admin_key_required": "Send the key of --admin-key: Authorization: Bearer KEY.",
-    "route_not_allowed": "Use the routes for completions, /v1/uncertainty/score, /v1/models or /v1/adapters.",
+    "route_not_allowed": "Use the routes for completions, /v1/uncertainty, /v1/models or /v1/adapters.",
     "request_timeout": "Send the body without pauses.",
     "request_too_large": "Send less, or start the server with a larger --max-body.",
     "not_found": "GET /openapi.json lists the routes.",

@@ -38,7 +38,8 @@ def fit(x: Array, right: np.ndarray) -> Sigmoid:
     """From n scores and whether each answer was right, [n] each; both kinds must be there."""
     ones = int(right.sum())
     target = np.where(right, (ones + 1) / (ones + 2), 1 / (len(right) - ones + 2))
-    centre, scale = float(x.mean()), float(x.std()) or 1.0
+    centre = float(x.mean())
+    scale = float(np.abs(x - centre).max()) or 1.0  # unlike a deviation, it does not overflow
     design = np.stack([(x - centre) / scale, np.ones(len(x))], 1)
     at = np.array([0.0, np.log(target.mean() / (1 - target.mean()))])
     loss = _loss(design @ at, target)
