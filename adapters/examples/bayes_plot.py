@@ -31,6 +31,7 @@ ORDER = (
     "blob-mixture, mean",
     "blob-mixture",
     "abmll",
+    "abmll-loose",
 )
 COLOURS = {
     "lora": "#7f8896",

@@ -55,6 +55,7 @@ LEARNING_RATE = 3e-3
 DROPOUT = 0.1
 SIGMA, PRIOR, KL_WEIGHT = 0.2, 0.2, 0.005
 OFFSET, WEIGHTS = 0.03, abmll.Weights(beta=3e-2, gamma=1e-6)
+LOOSE = abmll.Weights(beta=3e-3, gamma=1e-6)  # adapts further from the same θ
 META_STEPS, INNER_STEPS, META_TEXTS = 60, 4, 48
 
 log = logging.getLogger("bayes_run")
@@ -70,8 +71,8 @@ class Setting:
 
 _ALL = ("lora", "blob", "abmll", "mcdropout", "ensemble")
 SETTINGS = {
-    "reviews": Setting(REVIEWS, 64, 160, (*_ALL, "blob-mixture")),
-    "sarcasm": Setting(SARCASM, 64, 160, _ALL),
+    "reviews": Setting(REVIEWS, 64, 160, (*_ALL, "abmll-loose", "blob-mixture")),
+    "sarcasm": Setting(SARCASM, 64, 160, (*_ALL, "abmll-loose")),
     "sarcasm-32": Setting(SARCASM, 32, 40, _ALL),
     "reviews-32": Setting(REVIEWS, 32, 40, _ALL),
     "topics": Setting(TOPICS, 100, 160, ("lora", "blob", "mcdropout", "ensemble", "blob-mixture")),
@@ -124,10 +125,11 @@ class Experiment:
             yield method, self.scored(draws)
 
     def trained(self, method: str, archives: Path) -> TrainableAdapter[Any]:
-        if method == "abmll":
+        if method.startswith("abmll"):
+            weights = LOOSE if method == "abmll-loose" else WEIGHTS
             shared = learned(self.trunk, self.base, self.seed, archives, self.cache)
             loss = self.batches(self.parts.train)
-            return adapt(self.trunk.model, shared, loss, self.setting.train, self.options(DRAWS), WEIGHTS)
+            return adapt(self.trunk.model, shared, loss, self.setting.train, self.options(DRAWS), weights)
         if method == "mcdropout":
             return self.plain(self.seed, DropoutSite)
         shape = MIXTURE if method == "blob-mixture" else SHAPE
