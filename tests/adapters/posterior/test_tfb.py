@@ -37,6 +37,13 @@ def interleaved():
     return LoweredAdapter("mola", {Q: site}, gates={"g": make_gate()})
 
 
+def block_diagonal():
+    """Two blocks: packed without what is outside of them, its Vᵀ·A would be another."""
+    site = make_site()
+    a, b = (t * torch.block_diag(*[t.new_ones(t.shape[0] // 2, t.shape[1] // 2)] * 2) for t in (site.a, site.b))
+    return LoweredAdapter("melora", {Q: replace(site, a=a, b=b, bands=2)})
+
+
 ADAPTERS = {
     "plain": plain(),
     "negative scale": plain(-0.5),
@@ -44,6 +51,7 @@ ADAPTERS = {
     "mixture": make_mixture(),
     "shared A": shared_mixture(),
     "interleaved": interleaved(),
+    "block-diagonal": block_diagonal(),
     "wide": LoweredAdapter("lora", {Q: make_site(rank=40), UP: make_site(UP)}),
     "bias": LoweredAdapter("lora_bias", {Q: make_site(bias=torch.ones(24))}),
 }
