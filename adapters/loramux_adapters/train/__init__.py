@@ -7,7 +7,7 @@
     blob         BLoB (arXiv 2406.11675): a normal posterior over A
     abmll        ABMLL (arXiv 2508.14285): a posterior over ΔW, learned over many tasks and adapted to one
 
-The texts, and how a loss is made of them, are the caller's; `adapters/examples/uncertainty` is one.
+The texts, and how a loss is made of them, are the caller's; `adapters/examples/bayes_run.py` has some.
 """
 
 from loramux_adapters.train.abmll import HierarchicalSite, adapt, meta_fit
