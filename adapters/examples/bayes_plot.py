@@ -92,7 +92,7 @@ def picture(found: Rows, title: str) -> str:
 
 
 def _reliability(found: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """The seeds' bins put together, in five of equal numbers of texts."""
+    """The seeds' bins put together, in at most eight of about equal numbers of texts."""
     bins = sorted((tuple(one) for row in found for one in row["bins"]), key=lambda one: one[1])
     total, points, gathered = sum(n for n, _, _ in bins), [], [0.0, 0.0, 0.0]
     for n, confidence, accuracy in bins:
@@ -126,7 +126,8 @@ def _line(points: list[tuple[float, float]], left: int, high: float, colour: str
 def main() -> None:
     found = rows()
     parts = []
-    for setting, methods in found.items():
+    for setting in sorted(found, key=lambda name: ("-" in name, name == "topics", name)):
+        methods = found[setting]
         (HERE / f"bayes_{setting}.svg").write_text(picture(methods, setting))
         parts.append(f"`{setting}`\n\n{table(methods)}\n\n![{setting}](examples/bayes_{setting}.svg)\n")
     text = README.read_text()
