@@ -274,14 +274,13 @@ def test_sites_are_told_apart_by_a_cpu_tensor() -> None:
 
 def test_the_readme_example_runs() -> None:
     text = (Path(lk.__file__).parents[1] / "README.md").read_text()
-    code, mixture, scaled, packed = (part.split("```")[0] for part in text.split("```python\n")[1:5])
+    code, *more = (part.split("```")[0] for part in text.split("```python\n")[1:6])
     names: dict[str, Any] = {}
     torch.manual_seed(0)
     exec(code, names)
     assert names["y"][:3, :64].all()
     assert not names["y"][3:].any()
     assert not names["y"][:, 64:96].any()
-    exec(mixture, names)
-    exec(scaled, names)
-    exec(packed, names)
-    assert names["pool"].resident() == tuple(names[name] for name in ("slot", "mixture", "scaled", "packed"))
+    for example in more:
+        exec(example, names)
+    assert names["pool"].resident() == tuple(names[name] for name in ("mixture", "scaled", "packed", "drawn"))
