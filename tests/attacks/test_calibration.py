@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux.errors import InvalidRequest
+from loramux.http.asgi import json_object
 from loramux.uncertainty.ask import Mode
 from loramux.uncertainty.calibration import Sets, Settings, calibrate, of_answers, of_scores
 from loramux.uncertainty.calibration.wish import wish_in
@@ -64,7 +65,7 @@ body = st.fixed_dictionaries(
 @given(body | anything)
 def test_bodies(value: Any) -> None:
     try:
-        wish = wish_in(json.dumps(value).encode())
+        wish = wish_in(json_object(json.dumps(value).encode(), "Mend it."))
     except InvalidRequest as error:
         assert error.hint and len(error.message) < 1000
     else:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
+from loramux.errors import InvalidRequest
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -79,6 +81,25 @@ def field_in(body: bytes, *names: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and any(name in value for name in names) else None
+
+
+def json_object(body: bytes, hint: str) -> dict[str, Any]:
+    """Raises InvalidRequest for a body that is none."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body must be a JSON object.", hint=hint)
+    return value
+
+
+async def send_json(send: Send, status: int, value: Any, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    """A whole response."""
+    content = json.dumps(value).encode()
+    headers = with_length([*headers, (b"content-type", b"application/json")], len(content))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
 
 
 def content_type(start: Message) -> bytes:

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 from loramux.errors import InvalidRequest, ItemsNotScored, LoramuxError
 from loramux.http import scored
 from loramux.http.asgi import (
-    App,
     Message,
     Receive,
     Scope,
     Send,
-    read_body,
+    json_object,
     replayed,
     request_state,
-    route_path,
+    send_json,
     with_length,
 )
+from loramux.http.completions import OfPaths
 from loramux.http.errors import refuse
 from loramux.http.gate import gate_of
 from loramux.registry import AdapterRegistry, Version
@@ -43,7 +43,7 @@ from loramux.uncertainty.calibration import (
     of_answers,
     of_scores,
 )
-from loramux.uncertainty.calibration.wish import Item, Wish, wish_in
+from loramux.uncertainty.calibration.wish import HINT, Item, Wish, wish_in
 from loramux.uncertainty.recent import Recent
 
 if TYPE_CHECKING:
@@ -54,31 +54,27 @@ PATH = "/v1/uncertainty/calibrate"
 AT_ONCE = 8
 
 
-class Calibrate:
+class Calibrate(OfPaths):
     """ASGI middleware outside of all that reads completion requests. A client that leaves ends it."""
 
-    def __init__(self, app: App) -> None:
-        self.app = app
+    paths = (PATH,)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or route_path(scope) != PATH:
-            await self.app(scope, receive, send)
-        elif (body := await read_body(receive)) is not None:
-            work, gone = asyncio.ensure_future(self._answer(scope, body)), asyncio.ensure_future(_left(receive))
-            try:
-                await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if work.done():
-                    await _send_json(send, work.result())
-            except LoramuxError as error:
-                await refuse(scope, send, error)
-            finally:
-                for task in (work, gone):
-                    task.cancel()
-                await asyncio.gather(work, gone, return_exceptions=True)
+    async def handle(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        work, gone = asyncio.ensure_future(self._answer(scope, body)), asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                await send_json(send, 200, work.result())
+        except LoramuxError as error:
+            await refuse(scope, send, error)
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
 
     async def _answer(self, scope: Scope, body: bytes) -> dict[str, Any]:
         services: Services = scope["app"].state.loramux
-        wish = wish_in(body)
+        wish = wish_in(json_object(body, HINT))
         version = await _version(wish, services.registry, gate_of(scope).bases)
         request_state(scope)["loramux_changed"] = version.name
         settings = await _settings(wish, version, services.registry)
@@ -208,13 +204,6 @@ async def _settings(wish: Wish, version: Version, registry: AdapterRegistry) -> 
         return Settings(mode, None, 0, None, tuple(sorted(wish.ask.labels)))
     samples = await registry.samples(version, wish.ask.samples)
     return Settings(mode, "sequence", samples, wish.ask.seed, tuple(sorted(wish.ask.labels)))
-
-
-async def _send_json(send: Send, value: dict[str, Any]) -> None:
-    content = json.dumps(value).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
 
 
 async def _left(receive: Receive) -> None:

@@ -36,7 +36,7 @@ answered_by: ContextVar[Composed | None] = ContextVar("loramux_answered_by", def
 class Composition(OfCompletions):
     """ASGI middleware inside `ModelAccess`. Requests without the fields pass untouched."""
 
-    async def completion(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+    async def handle(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         request = field_in(body, *FIELDS) or {}
         async with AsyncExitStack() as held:
             try:

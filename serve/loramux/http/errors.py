@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from loramux.errors import LoramuxError
-from loramux.http.asgi import Scope, Send
+from loramux.http.asgi import Scope, Send, send_json
 
 #: HTTP status -> (type, code) for errors that arrive without a string code (vLLM sends the number).
 DEFAULTS: dict[int, tuple[str, str]] = {
@@ -65,11 +65,7 @@ async def refuse(scope: Scope, send: Send, error: LoramuxError) -> None:
         await send({"type": "websocket.close", "code": 1008, "reason": error.code})
         return
     status, body, named = render(error)
-    content = json.dumps(body).encode()
-    headers = [(name.lower().encode(), value.encode()) for name, value in named.items()]
-    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+    await send_json(send, status, body, [(name.lower().encode(), value.encode()) for name, value in named.items()])
 
 
 def normalise(status: int, body: Any) -> dict[str, Any]:

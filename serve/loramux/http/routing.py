@@ -31,7 +31,7 @@ _FIELD = "routing"
 class RoutingReport(OfCompletions):
     """ASGI middleware. Requests that do not ask pass untouched, their answers unbuffered."""
 
-    async def completion(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+    async def handle(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         asked = (field_in(body, _FIELD) or {}).get(_FIELD)
         if asked is None or asked is False:
             await self.app(scope, receive, send)

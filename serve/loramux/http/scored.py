@@ -8,10 +8,11 @@ It goes on as the completion request that it is, so that all rules about those h
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 from loramux.errors import InvalidRequest
-from loramux.http.asgi import App, Receive, Scope, Send, read_body, replayed, request_state, route_path
+from loramux.http.asgi import Receive, Scope, Send, json_object, request_state
+from loramux.http.completions import OfPaths
 from loramux.http.errors import refuse
 
 PATH = "/v1/uncertainty/score"
@@ -19,23 +20,19 @@ _HINT = 'Send {"model": NAME, "messages": […], "completion": TEXT}.'
 _STATE = "loramux_scored"
 
 
-class ScoredCompletion:
+class ScoredCompletion(OfPaths):
     """ASGI middleware outside of all that reads completion requests."""
 
-    def __init__(self, app: App) -> None:
-        self.app = app
+    paths = (PATH,)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or route_path(scope) != PATH:
-            await self.app(scope, receive, send)
-        elif (body := await read_body(receive)) is not None:
-            try:
-                path = scope["path"].removesuffix(PATH) + _path_of(body)
-            except InvalidRequest as error:
-                await refuse(scope, send, error)
-                return
-            request_state(scope)[_STATE] = True
-            await self.app({**scope, "path": path, "raw_path": path.encode()}, replayed(body, receive), send)
+    async def handle(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        try:
+            path = scope["path"].removesuffix(PATH) + _path_of(json_object(body, _HINT))
+        except InvalidRequest as error:
+            await refuse(scope, send, error)
+            return
+        request_state(scope)[_STATE] = True
+        await self.app({**scope, "path": path, "raw_path": path.encode()}, receive, send)
 
 
 def is_scored(scope: Scope) -> bool:
@@ -43,13 +40,7 @@ def is_scored(scope: Scope) -> bool:
     return bool(request_state(scope).get(_STATE))
 
 
-def _path_of(body: bytes) -> str:
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError):
-        request = None
-    if not isinstance(request, dict):
-        raise InvalidRequest("The body must be a JSON object.", hint=_HINT)
+def _path_of(request: dict[str, Any]) -> str:
     if not isinstance(request.get("completion"), str) or not request["completion"]:
         raise InvalidRequest("`completion` must be a text.", hint=_HINT, param="completion")
     if ("messages" in request) == ("prompt" in request):

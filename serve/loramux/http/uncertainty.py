@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class UncertaintyReport(OfCompletions):
     """ASGI middleware inside `Composition`. Requests without the field pass untouched."""
 
-    async def completion(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+    async def handle(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         scored = is_scored(scope)
         request = json.loads(body) if scored else field_in(body, FIELD)
         if request is None:

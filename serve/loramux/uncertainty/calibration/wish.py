@@ -18,7 +18,6 @@ risk         the share of wrong answers that the threshold is to keep to; 0.1 if
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,7 @@ from loramux.uncertainty.calibration.items import MAX_ITEMS
 _FIELDS = ("model", FIELD, "data", "from", "method", "score", "sets", "risk")
 _SETTINGS = ("mode", "samples", "seed", "noise", "labels")
 _RISK = 0.1
-_HINT = 'Send {"model": NAME, "data": [{"prompt": TEXT, "completion": TEXT, "correct": true}, …]}.'
+HINT = 'Send {"model": NAME, "data": [{"prompt": TEXT, "completion": TEXT, "correct": true}, …]}.'
 _KINDS = (
     'An item is {"prompt" or "messages", "completion", "correct"}, in the mode "decide" {"prompt" or "messages", '
     '"label"}, or {"uncertainty", "correct" or "label"}, or {"score", "correct"}.'
@@ -60,18 +59,12 @@ class Wish:
     risk: float
 
 
-def wish_in(body: bytes) -> Wish:
+def wish_in(value: dict[str, Any]) -> Wish:
     """Raises InvalidRequest, which names the field or the item."""
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise InvalidRequest("The body must be a JSON object.", hint=_HINT)
     if unknown := sorted(set(value) - set(_FIELDS)):
         raise _invalid(unknown[0][:64], "is not known", f"The fields are {', '.join(_FIELDS)}.")
     if not isinstance(value.get("model"), str) or not value["model"]:
-        raise _invalid("model", "must be an adapter's name", _HINT)
+        raise _invalid("model", "must be an adapter's name", HINT)
     ask, asked = _settings(value.get(FIELD))
     items = _items(value, ask)
     risk = value.get("risk", _RISK)
@@ -96,11 +89,11 @@ def _settings(value: Any) -> tuple[Ask, dict[str, Any]]:
 def _items(value: dict[str, Any], ask: Ask) -> list[Item] | None:
     if (source := value.get("from")) is not None:
         if source != "feedback" or "data" in value:
-            raise _invalid("from", 'can only be "feedback", and excludes `data`', _HINT)
+            raise _invalid("from", 'can only be "feedback", and excludes `data`', HINT)
         return None
     data = value.get("data")
     if not isinstance(data, list) or not 0 < len(data) <= MAX_ITEMS:
-        raise _invalid("data", f"must be a list of 1 to {MAX_ITEMS} items", _HINT)
+        raise _invalid("data", f"must be a list of 1 to {MAX_ITEMS} items", HINT)
     items = [_item(one, ask, f"data[{place}]") for place, one in enumerate(data)]
     if len({item.score is None for item in items}) > 1:
         raise _invalid("data", "has items that are a score alone, and others", "Send items of one kind.")
