@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch's deterministic mode, below
@@ -174,13 +174,12 @@ def check(dtype: torch.dtype) -> None:
             )
 
 
-def check_capacity(dtype: torch.dtype) -> None:
-    """Sequences in chunks, long and short, each step run once and replayed from a graph: both count it alike."""
-    generator, spec = torch.Generator(DEVICE).manual_seed(1), SPECS[0]
+def warm_pool(sites: Sequence[SiteSpec], dtype: torch.dtype, slots: int) -> AdapterPool:
+    """For a few adapters and sequences."""
     pool = AdapterPool(
-        [spec],
+        sites,
         capacity_bytes=8 << 20,
-        slots=2,
+        slots=slots,
         max_rank=64,
         max_tokens=1024,
         max_requests=8,
@@ -188,6 +187,13 @@ def check_capacity(dtype: torch.dtype) -> None:
         device=DEVICE,
     )
     pool.warmup()
+    return pool
+
+
+def check_capacity(dtype: torch.dtype) -> None:
+    """Sequences in chunks, long and short, each step run once and replayed from a graph: both count it alike."""
+    generator, spec = torch.Generator(DEVICE).manual_seed(1), SPECS[0]
+    pool = warm_pool([spec], dtype, slots=2)
     rules = (
         {"q": TokenGate(8, "top_k", k=2, capacity=30), "v": TokenGate(5, "top_k", k=3, capacity=9)},
         {"q": TokenGate(16, "top_k", k=3, capacity=5)},
@@ -220,17 +226,7 @@ def check_capacity(dtype: torch.dtype) -> None:
 def check_layer_norm(dtype: torch.dtype) -> None:
     """Routers that read LayerNorm(x), where the mean of x is thirty times its deviation."""
     generator = torch.Generator(DEVICE).manual_seed(2)
-    pool = AdapterPool(
-        SPECS,
-        capacity_bytes=8 << 20,
-        slots=2,
-        max_rank=64,
-        max_tokens=1024,
-        max_requests=8,
-        dtype=dtype,
-        device=DEVICE,
-    )
-    pool.warmup()
+    pool = warm_pool(SPECS, dtype, slots=2)
     rule = TokenGate(6, "top_k", k=2, layer_norm_eps=1e-5)
     ranks, rules = {"q": 48, "v": 20, "o": 33, "d": 24}, dict.fromkeys("qvod", rule)
     adapters = [mixed(random_adapter(SPECS, ranks, dtype, generator), rules, generator) for _ in range(2)]
@@ -254,17 +250,7 @@ def check_layer_norm(dtype: torch.dtype) -> None:
 def check_bands(dtype: torch.dtype) -> None:
     """Block-diagonal adapters of two and four bands, packed, beside a plain one."""
     generator, spec = torch.Generator(DEVICE).manual_seed(3), SiteSpec("qkv", ("q", "k"), 4096, (4096, 1024))
-    pool = AdapterPool(
-        [spec],
-        capacity_bytes=8 << 20,
-        slots=3,
-        max_rank=64,
-        max_tokens=1024,
-        max_requests=8,
-        dtype=dtype,
-        device=DEVICE,
-    )
-    pool.warmup()
+    pool = warm_pool([spec], dtype, slots=3)
     plain = [
         random_adapter([spec], ranks, dtype, generator) for ranks in ({"q": 64, "k": 6}, {"q": 12, "k": 40}, {"k": 9})
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -78,6 +79,22 @@ NO_OUTPUTS = (("", ""),) * 4
 MAX_RANK = 64
 
 
+def pool_of(
+    sites: Sequence[SiteSpec], dtype: torch.dtype, *, slots: int, requests: int, tokens: int = 320
+) -> AdapterPool:
+    return AdapterPool(
+        sites,
+        capacity_bytes=1 << 20,
+        slots=slots,
+        max_rank=MAX_RANK,
+        max_tokens=tokens,
+        max_requests=requests,
+        dtype=dtype,
+        device="cpu",
+        backend="triton",
+    )
+
+
 def check(
     dtype: torch.dtype,
     tokens: int,
@@ -87,17 +104,7 @@ def check(
     rng: np.random.Generator,
     mean: float = 0,
 ) -> bool:
-    pool = AdapterPool(
-        SPECS,
-        capacity_bytes=1 << 20,
-        slots=6,
-        max_rank=MAX_RANK,
-        max_tokens=320,
-        max_requests=24,
-        dtype=dtype,
-        device="cpu",
-        backend="triton",
-    )
+    pool = pool_of(SPECS, dtype, slots=6, requests=24)
     gen = torch.Generator().manual_seed(int(rng.integers(1 << 30)))
     kinds = zip(RANKS, gates, outputs, strict=True)
     adapters = [adapter_of(SPECS, ranks, rules, *both, dtype, gen) for ranks, rules, both in kinds]
@@ -148,17 +155,7 @@ def check_ties(rule: TokenGate) -> bool:
     spec, gen = SPECS[1], torch.Generator().manual_seed(0)
     w = mixed(random_adapter(SPECS, {"o": 40}, torch.float32, gen), {"o": rule}, gen)["o"]
     adapter = {"o": w._replace(router=torch.zeros(rule.logits, spec.d_in))}
-    pool = AdapterPool(
-        [spec],
-        capacity_bytes=1 << 20,
-        slots=1,
-        max_rank=MAX_RANK,
-        max_tokens=8,
-        max_requests=1,
-        dtype=torch.float32,
-        device="cpu",
-        backend="triton",
-    )
+    pool = pool_of([spec], torch.float32, slots=1, requests=1, tokens=8)
     which, lengths = np.array([load(pool, adapter)], np.int32), np.array([5], np.int32)
     pool.set_batch(which, lengths)
     x, y = torch.randn(5, spec.d_in, generator=gen), torch.randn(5, sum(spec.d_outs), generator=gen)
@@ -184,17 +181,7 @@ def check_capacity(dtype: torch.dtype, lengths: list[int], steps: list[list[int]
     )
     made = [random_adapter([spec], {"q": 12, "k": 20}, dtype, generator) for _ in gates]
     adapters = [mixed(a, rules, generator) for a, rules in zip(made, gates, strict=True)]
-    pool = AdapterPool(
-        [spec],
-        capacity_bytes=1 << 20,
-        slots=4,
-        max_rank=MAX_RANK,
-        max_tokens=320,
-        max_requests=8,
-        dtype=dtype,
-        device="cpu",
-        backend="triton",
-    )
+    pool = pool_of([spec], dtype, slots=4, requests=8)
     slots = np.array([*(load(pool, a) for a in adapters), -1], np.int32)
     which, counts = np.array([0, 1, -1, 0, 2, 0], np.int32), np.array(lengths, np.int32)
     draw = lambda: torch.randn(sum(lengths), spec.d_in, generator=generator).to(dtype)  # noqa: E731
@@ -235,17 +222,7 @@ def check_bands(dtype: torch.dtype, tokens: int, rng: np.random.Generator) -> bo
         plain[2],
         mixed(plain[3], {"k": TokenGate(3, "top_k", k=2)}, gen),
     ]
-    pool = AdapterPool(
-        [spec],
-        capacity_bytes=1 << 20,
-        slots=4,
-        max_rank=MAX_RANK,
-        max_tokens=320,
-        max_requests=8,
-        dtype=dtype,
-        device="cpu",
-        backend="triton",
-    )
+    pool = pool_of([spec], dtype, slots=4, requests=8)
     slots = np.array([*(load(pool, a) for a in adapters), -1], np.int32)
     which, lengths = ragged_batch("uniform", rng=rng, requests=8, adapters=4, tokens=tokens)
     pool.set_batch(slots[which], lengths)
