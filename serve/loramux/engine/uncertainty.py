@@ -17,6 +17,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from copy import copy
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,48 +66,33 @@ class Uncertainty:
         max_model_len: int,
         bfloat16: bool = False,
     ) -> None:
-        self._inner: Generate = engine.generate
         self._max_model_len = max_model_len
         self._bfloat16 = bfloat16  # what weights are served in
-        self._registry = registry
-        self._reads = reads
-        self._calibrations = calibrations
-        self._recent = recent
-        self._observer = observer
+        self._around = _Around(engine.generate, registry, reads, calibrations, recent, observer)
         engine.generate = self.generate
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> Outputs:
         """As vLLM's. Requests that do not ask are not touched."""
         asked = exchange.get()
         if asked is None:
-            return self._inner(prompt, sampling_params, request_id, **options)
+            return self._around.generate(prompt, sampling_params, request_id, **options)
         return self._carry_out(asked, prompt, sampling_params, request_id, **options)
 
     async def _carry_out(
         self, asked: Exchange, prompt: Any, params: Any, request_id: str, *, lora_request: Any = None, **options: Any
     ) -> Outputs:
+        registry = self._around.registry
         async with AsyncExitStack() as held:
             mean = None
             if lora_request is not None:
                 # One version from beginning to end: the draws are its own.
-                mean = await leased(self._registry, lora_request)
-                held.callback(self._registry.release, mean)
+                mean = await leased(registry, lora_request)
+                held.callback(registry.release, mean)
             asked.mode = resolve(
                 asked.ask, bayesian=mean is not None and mean.bayesian
             )  # it may be another than was looked up
-            answer = _Answer(
-                self._inner,
-                self._registry,
-                self._reads,
-                self._calibrations,
-                self._recent,
-                self._observer,
-                asked,
-                mean,
-                prompt,
-                params,
-                self._registry.draw_warnings(mean) if mean is not None and self._bfloat16 else (),
-            )
+            warnings = registry.draw_warnings(mean) if mean is not None and self._bfloat16 else ()
+            answer = _Answer(self._around, asked, mean, prompt, params, warnings)
             modes = {Mode.SCORE: answer.score, Mode.DECIDE: answer.decide, Mode.SAMPLE: answer.sample}
             carry_out = modes.get(asked.mode, answer.fast) if asked.text is None else answer.given
             longest = max((len(tokens) for tokens in (asked.given, *asked.labels)), default=0)
@@ -120,35 +106,31 @@ class Uncertainty:
                     yield output
 
 
+@dataclass(frozen=True)
+class _Around:
+    """What all requests of an engine share. `generate`: the engine's own."""
+
+    generate: Generate
+    registry: AdapterRegistry
+    reads: Reads
+    calibrations: Calibrations
+    recent: Recent
+    observer: Observer
+
+
 class _Answer:
     """One request. `mean` is leased; None: the base model."""
 
     def __init__(
-        self,
-        inner: Generate,
-        registry: AdapterRegistry,
-        reads: Reads,
-        calibrations: Calibrations,
-        recent: Recent,
-        observer: Observer,
-        asked: Exchange,
-        mean: Version | None,
-        prompt: Any,
-        params: Any,
-        warnings: Sequence[str],
+        self, around: _Around, asked: Exchange, mean: Version | None, prompt: Any, params: Any, warnings: Sequence[str]
     ) -> None:
-        self._inner = inner
-        self._registry = registry
-        self._reads = reads
-        self._calibrations = calibrations
-        self._recent = recent
-        self._observer = observer
+        self._around = around
         self._asked = asked
         self._mean = mean
         self._prompt = prompt
         self._params = params
         self._warnings = list(warnings)
-        self._name = mean.name if mean else registry.base
+        self._name = mean.name if mean else around.registry.base
         self._drawn = False
         self._posterior = mean.artefact.summary.posterior if mean and mean.artefact else None
 
@@ -159,7 +141,7 @@ class _Answer:
         # Made, and on the device, while the answer is written; if they cannot be, that is met again when they are read.
         tasks = [asyncio.ensure_future(self._warm())]
         try:
-            stream = self._inner(self._prompt, self._params, request_id, lora_request=lora_request, **options)
+            stream = self._around.generate(self._prompt, self._params, request_id, lora_request=lora_request, **options)
             async with aclosing(stream):
                 async for output in stream:
                     ended = written.add(output)
@@ -180,7 +162,7 @@ class _Answer:
         asked, prompt, started = self._asked, _tokens(self._prompt), time.monotonic()
         async with AsyncExitStack() as held:
             draws = await self._draws(held, started)
-            logp = await self._reads.targets(
+            logp = await self._around.reads.targets(
                 draws, prompt, asked.labels, timeout_s=self._left(started), enough=self._decided()
             )
         read = len(logp)
@@ -198,7 +180,7 @@ class _Answer:
         if asked.mode is Mode.SCORE:
             await self._tell(0, prompt, asked.given)
         else:
-            report = await self._reads.read([self._mean], prompt, asked.given, timeout_s=self._left(started))
+            report = await self._around.reads.read([self._mean], prompt, asked.given, timeout_s=self._left(started))
             entropies, logp = report.entropy[0].tolist(), report.logp[0, :, 0].tolist()
             self._read_tokens(len(prompt) + len(asked.given))
             self._told(0, answers.fast(asked, self._posterior, entropies, logp), started)
@@ -216,7 +198,7 @@ class _Answer:
                 calls.append((f"{request_id}-{i}", {**options, "lora_request": request}))
             written = Written(self._params)
             held_back: list[Any] = []
-            outputs = fan_out(self._inner, self._prompt, self._params, calls, greedy=asked.greedy)
+            outputs = fan_out(self._around.generate, self._prompt, self._params, calls, greedy=asked.greedy)
             async with aclosing(outputs):
                 async for output in outputs:
                     ended = written.add(output)
@@ -241,11 +223,11 @@ class _Answer:
         for tag, (_, one) in zip(tags, calls, strict=True):
             one["extra_args"] = {ENTROPY_KEY: tag}
         written = Written(params)
-        async with aclosing(fan_out(self._inner, self._prompt, params, calls)) as outputs:
+        async with aclosing(fan_out(self._around.generate, self._prompt, params, calls)) as outputs:
             async for output in outputs:
                 for i in written.add(output):
                     started = time.monotonic()
-                    entropies = await self._reads.entropies(tags[i])
+                    entropies = await self._around.reads.entropies(tags[i])
                     self._told(i, answers.fast(asked, self._posterior, entropies, written.logp.get(i, [])), started)
                 yield output
 
@@ -267,7 +249,7 @@ class _Answer:
     async def _read(self, prompt: Sequence[int], tokens: Sequence[int], started: float) -> Report:
         async with AsyncExitStack() as held:
             draws = await self._draws(held, started)
-            return await self._reads.read(
+            return await self._around.reads.read(
                 draws, prompt, tokens, timeout_s=self._left(started), enough=self._read_enough()
             )
 
@@ -305,7 +287,7 @@ class _Answer:
         try:
             async with asyncio.timeout(self._left(started)):
                 return await held.enter_async_context(
-                    self._registry.drawn(self._mean, seed=asked.ask.seed, samples=asked.samples, counted=counted)
+                    self._around.registry.drawn(self._mean, seed=asked.ask.seed, samples=asked.samples, counted=counted)
                 )
         except TimeoutError:
             raise _too_late() from None
@@ -317,7 +299,7 @@ class _Answer:
 
     def _read_tokens(self, tokens: int) -> None:
         self._asked.tokens += tokens
-        self._observer.read(self._name, tokens)
+        self._around.observer.read(self._name, tokens)
 
     def _left(self, started: float) -> float | None:
         timeout = self._asked.ask.timeout_s
@@ -332,7 +314,7 @@ class _Answer:
         if (rule := self._asked.ask.abstain) is not None:
             value = value | rule.judged(value)
         self._asked.choices[index] = answers.asked_for(self._asked, value) | {"latency_ms": round(seconds * 1000, 3)}
-        self._observer.told(self._name, value, seconds)
+        self._around.observer.told(self._name, value, seconds)
 
     def _remember(self, index: int, raw: dict[str, Any], confidence: float | None) -> None:
         """For feedback and drift; answers to calibrate with are others' and old ones, sums have no name."""
@@ -340,7 +322,7 @@ class _Answer:
         if not ask.calibrated or (mean is not None and mean.make is not None):
             return
         digest = mean.artefact.digest if mean is not None and mean.artefact is not None else None
-        if (one := self._recent.add(self._name, digest, raw, ask.labels, confidence)) is not None:
+        if (one := self._around.recent.add(self._name, digest, raw, ask.labels, confidence)) is not None:
             self._asked.scored[index] = one
 
     def _calibrated(self, value: dict[str, Any]) -> dict[str, Any]:
@@ -348,7 +330,7 @@ class _Answer:
         ask = self._asked.ask
         found = None
         if ask.calibrated and self._mean is not None:
-            found = self._calibrations.applied(self._mean, value, ask.labels, ask.alpha)
+            found = self._around.calibrations.applied(self._mean, value, ask.labels, ask.alpha)
         return ({} if ask.alpha is None else {"prediction_set": None}) | (found or value)
 
 
