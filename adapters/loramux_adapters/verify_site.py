@@ -11,6 +11,7 @@ from loramux_adapters.errors import (
 from loramux_adapters.gate import Gate
 from loramux_adapters.lowered import Carry, CarryKind, LoweredAdapter, LoweredSite
 from loramux_adapters.variance import SHAPES, STANDARD_DEVIATIONS, Variance, VarianceForm, VarianceKind
+from loramux_kernels import blocks_of
 
 
 def check_site(module: str, site: LoweredSite) -> None:
@@ -76,11 +77,8 @@ def check_deviations(module: str, variance: Variance) -> None:
 def check_zeros(module: str, site: LoweredSite) -> None:
     """Outside of its bands a block-diagonal site is zero."""
     for name, factor in (("A", site.a), ("B", site.b)):
-        if site.bands > 1 and factor.shape[0]:
-            rows, columns = (size // site.bands for size in factor.shape)
-            blocks = factor.reshape(site.bands, rows, site.bands, columns).diagonal(dim1=0, dim2=2)
-            if blocks.count_nonzero() != factor.count_nonzero():
-                raise _invalid(f"{module}.{name}", f"is not zero outside of {site.bands} bands", "Leave bands out.")
+        if site.bands > 1 and factor.shape[0] and blocks_of(factor, site.bands) is None:
+            raise _invalid(f"{module}.{name}", f"is not zero outside of {site.bands} bands", "Leave bands out.")
 
 
 def check_carry(module: str, carry: Carry, adapter: LoweredAdapter) -> None:

@@ -25,7 +25,7 @@ from loramux_kernels.ops.shrink import shrink
 from loramux_kernels.pool import AdapterPool
 from loramux_kernels.sequences import CountRows
 from loramux_kernels.sites import SiteSpec
-from loramux_kernels.weights import Memory
+from loramux_kernels.weights import Memory, blocks_of
 
 __all__ = [
     "BAND_UNIT",
@@ -45,6 +45,7 @@ __all__ = [
     "UnknownModule",
     "UnknownSlot",
     "WrongShape",
+    "blocks_of",
     "expand",
     "shrink",
 ]

@@ -215,10 +215,17 @@ def _packed(module: str, name: str, full: Tensor, target: Tensor, bands: int) ->
     rows, columns = target.shape
     if full.shape != (bands * rows, columns):
         raise WrongShape(module, name, tuple(full.shape), (bands * rows, columns))
-    blocks = full.reshape(bands, rows, bands, columns // bands).diagonal(dim1=0, dim2=2)
-    if blocks.count_nonzero() != full.count_nonzero():
+    blocks = blocks_of(full, bands)
+    if blocks is None:
         raise ValueError(f"module {module}: {name} is not zero outside of its {bands} bands")
     return blocks.movedim(2, 1).reshape(rows, columns)
+
+
+def blocks_of(full: Tensor, bands: int) -> Tensor | None:
+    """The blocks of a block-diagonal matrix [n R, n C] as [R, C, n]; None if it is not zero outside of them."""
+    rows, columns = (size // bands for size in full.shape)
+    blocks = full.reshape(bands, rows, bands, columns).diagonal(dim1=0, dim2=2)
+    return blocks if blocks.count_nonzero() == full.count_nonzero() else None
 
 
 def _words(words: Tensor, offset: int, count: int) -> Tensor:
